@@ -1,0 +1,1 @@
+"""The attack zoo: one file, one YAML, one class per attack."""

@@ -1,0 +1,1 @@
+"""The defense zoo: one file, one YAML, one class per defense."""

@@ -1,0 +1,143 @@
+"""DHBE: data-free holistic backdoor erasing (arXiv 2306.08009), the adapter around the game."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pytorch_lightning as pl
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from dhbe.data import DefenderData
+from dhbe.data.splits import SIZES
+from dhbe.defense import Defense
+from dhbe.errors import got
+from dhbe.game import (
+    Distillation,
+    ImageGenerator,
+    Rates,
+    SeededNoise,
+    TriggerNetwork,
+    Weights,
+)
+from dhbe.models import Normalized
+from dhbe.rng import fork
+from dhbe.runtime import Runtime
+from dhbe.types import DataSpec
+
+PICTURES = 16
+"""Generated images and patches kept per picture."""
+
+
+class DHBE(Defense):
+    """Play the game from a copy of the suspect; the student of the last epoch is the result.
+
+    Args:
+        epochs, iterations: length of the game, in epochs of that many iterations.
+        batch_size: latents per move.
+        student_moves: student steps per iteration.
+        latent, width: noise length and width of the image generator.
+        patch_latent, patch_width: of the trigger network.
+        patch_size: pixels of the trigger network's patch; 0 plays without trigger network.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: Annotated[int, Ge(1)],
+        iterations: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(2)],
+        student_moves: Annotated[int, Ge(1)],
+        latent: Annotated[int, Ge(1)],
+        width: Annotated[int, Ge(1)],
+        patch_latent: Annotated[int, Ge(1)],
+        patch_width: Annotated[int, Ge(1)],
+        patch_size: Annotated[int, Ge(0)],
+        weights: Weights,
+        rates: Rates,
+    ) -> None:
+        self.epochs, self.iterations = epochs, iterations
+        self.batch_size, self.student_moves = batch_size, student_moves
+        self.latent, self.width = latent, width
+        self.patch_latent, self.patch_width, self.patch_size = patch_latent, patch_width, patch_size
+        self.weights, self.rates = weights, rates
+
+    def fits(self, spec: DataSpec) -> None:
+        if spec.image_size not in SIZES:
+            raise got("data.image_size", spec.image_size, f"with defense=dhbe one of {SIZES}")
+        if self.patch_size > spec.image_size:
+            allowed = f"at most data.image_size={spec.image_size}"
+            raise got("defense.patch_size", self.patch_size, allowed)
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        del data  # no image at all is looked at
+        game = self.game(network, runtime)
+        gallery = Gallery(network, runtime)
+        runtime.fit(game, range(self.iterations), epochs=self.epochs, callbacks=[gallery])
+        if game.diverged_at is not None:
+            runtime.recorder.notes.append(
+                f"the game diverged in epoch {game.diverged_at}; the student before it is kept"
+            )
+        network.network = game.student
+        return network
+
+    def game(self, network: Normalized, runtime: Runtime) -> Distillation:
+        """The four players around a copy of ``network``, initialised from the run's seed."""
+        channels = network.mean.shape[1]
+        with fork(runtime.derive("players")):
+            generator = ImageGenerator(
+                latent=self.latent,
+                width=self.width,
+                channels=channels,
+                image_size=network.spec.image_size,
+            )
+            trigger_network = None
+            if self.patch_size:
+                trigger_network = TriggerNetwork(
+                    latent=self.patch_latent,
+                    width=self.patch_width,
+                    channels=channels,
+                    patch_size=self.patch_size,
+                )
+        game = Distillation(
+            network.network,
+            std=network.std,
+            generator=generator,
+            trigger_network=trigger_network,
+            noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
+            weights=self.weights,
+            rates=self.rates,
+            batch_size=self.batch_size,
+            student_moves=self.student_moves,
+            epochs=self.epochs,
+        )
+        return game.to(runtime.device, runtime.dtype).to(memory_format=torch.channels_last)
+
+
+class Gallery(pl.Callback):
+    """Shows the student to the recorder, and keeps pictures of what the generators make."""
+
+    def __init__(self, network: Normalized, runtime: Runtime) -> None:
+        self.network, self.runtime = network, runtime
+        self.noise = SeededNoise(
+            runtime.derive("gallery"), device=runtime.device, dtype=runtime.dtype
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every few epochs and after the last."""
+        assert isinstance(pl_module, Distillation)
+        recorder, epoch = self.runtime.recorder, trainer.current_epoch
+        if not recorder.due(epoch, pl_module.epochs):
+            return
+        recorder.observe(self.network.around(pl_module.student), epoch)
+        self.noise.set_epoch(0)  # the same latents every time: the pictures show the players change
+        images, patches = pl_module.sample(PICTURES, self.noise)
+        recorder.picture(f"generated_{epoch + 1:04d}", self.network.denormalize(images))
+        if patches is not None:
+            recorder.picture(f"patches_{epoch + 1:04d}", _half(patches))
+
+
+def _half(patches: Tensor) -> Tensor:
+    """Patches in (-1, 1) -> colours in (0, 1); grey means no change."""
+    return (patches + 1) / 2

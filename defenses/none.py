@@ -1,0 +1,16 @@
+"""No defense: the victim as it is."""
+
+from __future__ import annotations
+
+from dhbe.data import DefenderData
+from dhbe.defense import Defense
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+
+
+class NoDefense(Defense):
+    """Returns the suspect's network unchanged."""
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        del data, runtime
+        return network

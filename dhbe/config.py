@@ -1,0 +1,140 @@
+"""Configs fail before any work starts: every node is checked against its component's signature."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dhbe.errors import ConfigError
+
+TARGET = "_target_"
+SUPPLIED: dict[str, set[str]] = {
+    "attack": {"spec"},
+    "model": {"classes", "channels", "image_size"},
+}
+"""Parameters that the pipeline fills in, by config group."""
+
+
+CELL_EXCLUDED = ("paths", "logger", "force")
+"""Config groups that do not change a result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One constructor parameter: its type and whether the config must give it."""
+
+    annotation: Any
+    required: bool
+
+
+def schema(component: Any) -> dict[str, Parameter]:
+    """Parameters of a class or function; ``**options: Unpack[TypedDict]`` is expanded."""
+    function = component.__init__ if inspect.isclass(component) else component
+    hints = get_type_hints(function, include_extras=True)
+    found: dict[str, Parameter] = {}
+    for name, p in inspect.signature(component).parameters.items():
+        if p.kind is inspect.Parameter.VAR_KEYWORD:
+            (options,) = get_args(hints[name])
+            for key, annotation in get_type_hints(options, include_extras=True).items():
+                found[key] = Parameter(annotation=annotation, required=True)
+        elif name != "self":
+            annotation = hints.get(name, Any)
+            found[name] = Parameter(annotation=annotation, required=p.default is p.empty)
+    return found
+
+
+def errors_in(node: Any, path: str, supplied: frozenset[str] = frozenset()) -> list[str]:
+    """Messages for all that is wrong at and below a config node (plain dicts and lists)."""
+    if not isinstance(node, dict):
+        return []
+    found: list[str] = []
+    for key, value in node.items():
+        found += errors_in(value, f"{path}.{key}")
+    if TARGET not in node:
+        return found
+    try:
+        parameters = schema(get_object(node[TARGET]))
+    except (HydraException, ImportError, AttributeError, ValueError) as error:
+        return [*found, f"{path}.{TARGET}={node[TARGET]}: cannot be imported ({error})"]
+    given = {k: v for k, v in node.items() if not (k.startswith("_") and k.endswith("_"))}
+    for key in given.keys() - parameters.keys():
+        found.append(f"{path}.{key}={given[key]}: unknown; allowed are {sorted(parameters)}")
+    for key, parameter in parameters.items():
+        if key in given:
+            found += _type_errors(given[key], parameter.annotation, f"{path}.{key}")
+        elif parameter.required and key not in supplied:
+            found.append(f"{path}.{key}: missing; {path} needs {sorted(parameters)}")
+    return found
+
+
+def _type_errors(value: Any, annotation: Any, path: str) -> list[str]:
+    if isinstance(value, dict) and TARGET in value:
+        return []  # an object made from the config; its own arguments are checked below it
+    if value == "???":
+        return [f"{path}: required; set {path}=..."]
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        reasons = "; ".join(e["msg"] for e in error.errors())
+        return [f"{path}={value}: {reasons}"]
+    return []
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that name a JSON value."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def cell(tree: dict[str, Any]) -> str:
+    """Name of a result: hash of everything in a config that can change it."""
+    kept = {k: v for k, v in tree.items() if k not in CELL_EXCLUDED}
+    if isinstance(kept.get("trainer"), dict):
+        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k != "progress"}
+    return fingerprint(kept)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Resolved config as plain containers, without Hydra's own part.
+
+    Raises:
+        ConfigError: an interpolation cannot be resolved.
+    """
+    content = {k: v for k, v in config.items_ex(resolve=False) if k != "hydra"}
+    try:
+        resolved = OmegaConf.to_container(
+            OmegaConf.create(content), resolve=True, throw_on_missing=False
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {error.msg}") from error
+    assert isinstance(resolved, dict)
+    return {str(k): v for k, v in resolved.items()}
+
+
+def validate(tree: dict[str, Any]) -> None:
+    """Check the whole config.
+
+    Args:
+        tree: as from ``plain``.
+
+    Raises:
+        ConfigError: lists everything that is wrong, one line each.
+    """
+    found: list[str] = []
+    seed = tree.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        found.append(f"seed={seed}: expected an integer, 0 or more")
+    for group, node in tree.items():
+        found += errors_in(node, group, frozenset(SUPPLIED.get(group, ())))
+    if found:
+        raise ConfigError("\n".join(sorted(found)))

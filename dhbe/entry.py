@@ -1,0 +1,53 @@
+"""What stands between the command line and the pipeline: resolvers, and errors people can read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dhbe.errors import ConfigError, DHBEError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def register_resolvers() -> None:
+    """``${cell:}``: hash of what determines the result; ``${package_data:MODULE}``: its folder."""
+    OmegaConf.register_new_resolver("cell", _cell, replace=True)
+    OmegaConf.register_new_resolver("package_data", lambda module: str(files(module)), replace=True)
+
+
+def _cell(*, _root_: DictConfig) -> str:
+    from dhbe.config import cell, plain
+
+    return cell(plain(_root_))
+
+
+def guarded(main: Callable[[], Any]) -> None:
+    """Call ``main``; end with one clear message and an exit status instead of a traceback.
+
+    0: the result folder is complete. 2: the config is wrong. 1: anything else. 130: interrupted.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback.
+    """
+    wants_traceback = os.environ.get(FULL_ERROR) == "1"
+    os.environ[FULL_ERROR] = "1"  # Hydra hands exceptions on instead of printing them itself
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DHBEError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        config_error = isinstance(error, (ConfigError, OmegaConfBaseException)) or (
+            isinstance(error, HydraException) and not isinstance(error.__cause__, DHBEError)
+        )
+        cause = error.__cause__ if isinstance(error.__cause__, DHBEError) else error
+        print(f"error: {cause}", file=sys.stderr)
+        print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
+        sys.exit(2 if config_error or isinstance(cause, ConfigError) else 1)

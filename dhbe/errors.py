@@ -1,0 +1,33 @@
+"""Errors a user can cause and mend; everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class DHBEError(Exception):
+    """The run cannot go on; the message says what was got, expected, and what to do (exit 1)."""
+
+
+class ConfigError(DHBEError, ValueError):
+    """The configuration asks for something unknown, ill-typed or impossible (exit 2)."""
+
+
+class BudgetError(ConfigError):
+    """A defense asked for more data than its budget grants."""
+
+
+class DataError(DHBEError):
+    """A data set is missing, incomplete or corrupt."""
+
+
+class ArtefactError(DHBEError):
+    """A stored victim or checkpoint is truncated, edited or of another format."""
+
+
+class DivergenceError(DHBEError):
+    """A training produced NaN or infinite values."""
+
+
+def got(key: str, value: object, allowed: str, remedy: str = "") -> ConfigError:
+    """ConfigError in the project's one form: key, value, what is allowed, what to do."""
+    tail = f"; {remedy}" if remedy else ""
+    return ConfigError(f"{key}={value}: expected {allowed}{tail}")

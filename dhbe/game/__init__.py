@@ -1,0 +1,22 @@
+"""The method: restricted adversarial distillation of generator, trigger network, student, teacher.
+
+Source: Yan et al., "DHBE: Data-free Holistic Backdoor Erasing in Deep Neural Networks via
+Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
+"""
+
+from dhbe.game.distillation import Distillation, Rates, Weights
+from dhbe.game.generator import ImageGenerator
+from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
+from dhbe.game.trigger_network import TriggerNetwork, add_patches
+
+__all__ = [
+    "Distillation",
+    "ImageGenerator",
+    "Noise",
+    "Rates",
+    "ScriptedNoise",
+    "SeededNoise",
+    "TriggerNetwork",
+    "Weights",
+    "add_patches",
+]

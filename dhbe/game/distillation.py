@@ -1,0 +1,286 @@
+"""The restricted adversarial distillation game (DHBE, arXiv 2306.08009), one iteration a batch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import MultiStepLR
+
+from dhbe.errors import DivergenceError
+from dhbe.game.generator import ImageGenerator
+from dhbe.game.noise import Noise
+from dhbe.game.trigger_network import TriggerNetwork, add_patches
+from dhbe.losses import disagreement, total_variation_l1, total_variation_l2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights of the losses: lambda_d1, lambda_tv1 and lambda_tv2 of the published code."""
+
+    patch: float
+    tv1: float
+    tv2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Learning rates, and the schedule they share."""
+
+    student: float
+    generator: float
+    trigger_network: float
+    momentum: float
+    weight_decay: float
+    milestones: tuple[float, ...]
+    """Fractions of the epochs after which all rates are multiplied by ``decay``."""
+    decay: float
+
+
+class Distillation(pl.LightningModule):
+    """Student, teacher, image generator and trigger network; a batch is one iteration of the game.
+
+    With x = G(z) in normalised space, x' = x with the patch P(z2) added in pixel units at one
+    random place, L1 the mean absolute difference of logits over batch and classes:
+
+    ======= ============================================== =====================
+    player  minimises                                      optimiser
+    ======= ============================================== =====================
+    student L1(S(x), T(x)) + w_patch L1(S(x'), sg S(x))    SGD, 5 moves
+    G       -L1(S(x), T(x)) + w_tv1 TV1(x) + w_tv2 TV2(x)  Adam, 1 move
+    P       -L1(S(x), S(x'))                               Adam, 1 move
+    ======= ============================================== =====================
+
+    The teacher stays in eval mode; the others train, so the student's BatchNorm statistics follow
+    clean and patched batches, which pass separately, in all moves.
+
+    Args:
+        network: the suspect's network over normalised inputs; teacher and student are copies.
+        std: per-channel deviation of the data (1, C, 1, 1): pixel units -> normalised units.
+        trigger_network: None is the published control without it (data-free distillation, DFAD).
+        noise: source of latents and patch places.
+        epochs: length of the schedule.
+    """
+
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        std: Tensor,
+        generator: ImageGenerator,
+        trigger_network: TriggerNetwork | None,
+        noise: Noise,
+        weights: Weights,
+        rates: Rates,
+        batch_size: int,
+        student_moves: int,
+        epochs: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = copy.deepcopy(network).requires_grad_(True)
+        self.teacher = copy.deepcopy(network).requires_grad_(False)
+        self.generator, self.trigger_network = generator, trigger_network
+        self.register_buffer("std", std.clone())
+        self.noise, self.weights, self.rates = noise, weights, rates
+        self.batch_size, self.student_moves, self.epochs = batch_size, student_moves, epochs
+        self._sums: dict[str, Tensor] = {}
+        self._last_good: dict[str, Any] = {}
+        self.diverged_at: int | None = None
+
+    # ------------------------------------------------------------------ the algorithm
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One iteration: student moves, then one generator move, then one trigger move."""
+        del batch, batch_idx
+        student, generator, *trigger = self._optimizers()
+        for _ in range(self.student_moves):
+            self._student_move(student)
+        self._generator_move(generator)
+        if self.trigger_network is not None:
+            self._trigger_move(trigger[0])
+
+    def _student_move(self, optimizer: torch.optim.Optimizer) -> None:
+        """The student copies the teacher and unlearns what a patch changes; G and P only serve."""
+        with torch.no_grad():
+            x = self._images()
+            teacher_logits = self.teacher(x)
+            patched = self._patched(x)
+        student_logits = self.student(x)
+        loss = match = disagreement(student_logits, teacher_logits)
+        if patched is not None:
+            change = disagreement(self.student(patched), student_logits.detach())
+            loss = match + self.weights.patch * change
+            self._note("student/patch", change)
+        self._note("student/distill", match)
+        self._descend(loss, optimizer)
+
+    def _generator_move(self, optimizer: torch.optim.Optimizer) -> None:
+        """The generator seeks images on which student and teacher disagree."""
+        with frozen(self.student):
+            x = self._images()
+            gap = disagreement(self.student(x), self.teacher(x))
+            loss = -gap
+            if self.weights.tv1:
+                loss = loss + self.weights.tv1 * total_variation_l1(x)
+            if self.weights.tv2:
+                loss = loss + self.weights.tv2 * total_variation_l2(x)
+            self._note("generator/gap", gap)
+            self._descend(loss, optimizer)
+
+    def _trigger_move(self, optimizer: torch.optim.Optimizer) -> None:
+        """The trigger network seeks patches that move the student's logits."""
+        with frozen(self.student):
+            with torch.no_grad():
+                x = self._images()
+                clean_logits = self.student(x)
+            patched = self._patched(x)
+            assert patched is not None
+            change = disagreement(clean_logits, self.student(patched))
+            self._note("trigger/change", change)
+            self._descend(-change, optimizer)
+
+    def _images(self) -> Tensor:
+        images: Tensor = self.generator(self.noise.latent(self.batch_size, self.generator.latent))
+        return images
+
+    def _patched(self, x: Tensor) -> Tensor | None:
+        """``x`` with fresh patches at a fresh place; None without trigger network."""
+        if self.trigger_network is None:
+            return None
+        z = self.noise.latent(self.batch_size, self.trigger_network.latent)
+        patches = self.trigger_network(z)
+        left, top = self.noise.place(x.shape[-1] - self.trigger_network.patch_size)
+        return add_patches(x, patches, self.std, left, top)
+
+    def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        # One autocast region spans all moves, and its cache would keep the weights' low-precision
+        # copies of before this step, or copies made under no_grad that pass on no gradient.
+        torch.clear_autocast_cache()
+
+    # ------------------------------------------------------------------ optimisers and schedule
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[MultiStepLR]]:
+        """SGD for the student, Adam for the two generators, one schedule for all."""
+        r = self.rates
+        student = torch.optim.SGD(
+            self.student.parameters(),
+            lr=r.student,
+            momentum=r.momentum,
+            weight_decay=r.weight_decay,
+            fused=True,
+        )
+        optimizers: list[torch.optim.Optimizer] = [
+            student,
+            torch.optim.Adam(self.generator.parameters(), lr=r.generator, fused=True),
+        ]
+        if self.trigger_network is not None:
+            parameters = self.trigger_network.parameters()
+            optimizers.append(torch.optim.Adam(parameters, lr=r.trigger_network, fused=True))
+        milestones = [int(m * self.epochs) for m in r.milestones]
+        return optimizers, [MultiStepLR(o, milestones, r.decay) for o in optimizers]
+
+    def _optimizers(self) -> list[Any]:
+        found = self.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    # ------------------------------------------------------------------ epochs
+
+    def on_train_epoch_start(self) -> None:
+        """Student, generator and trigger network train, the teacher does not; noise is reseeded."""
+        self.train()
+        self.teacher.eval()
+        self.noise.set_epoch(self.current_epoch)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean losses, stop on divergence, step the schedules."""
+        count = len(self._sums) and self.trainer.num_training_batches
+        means = {
+            name: total / (count * (self.student_moves if name.startswith("student/") else 1))
+            for name, total in self._sums.items()
+        }
+        self._sums.clear()
+        self.log_dict(means)
+        if not self._healthy(means):
+            return
+        for scheduler in self._schedulers():
+            scheduler.step()
+
+    def _healthy(self, means: dict[str, Tensor]) -> bool:
+        """Keep the student if all is finite; else restore the last one kept and stop.
+
+        Raises:
+            DivergenceError: the first epoch already diverged, so there is no good student.
+        """
+        weights = torch.stack([p.abs().max() for p in self.student.state_dict().values()])
+        if all(m.isfinite() for m in means.values()) and weights.isfinite().all():
+            self._last_good = copy.deepcopy(self.student.state_dict())
+            return True
+        self.diverged_at = self.current_epoch
+        names = [n for n, m in means.items() if not m.isfinite()] or ["student weights"]
+        message = f"the game diverged in epoch {self.current_epoch} (not finite: {names})"
+        remedy = "lower defense.rates.student or defense.weights.patch"
+        if not self._last_good:
+            raise DivergenceError(f"{message}; {remedy}")
+        log.warning("%s; the student of the epoch before is used; %s", message, remedy)
+        self.student.load_state_dict(self._last_good)
+        self.trainer.should_stop = True
+        return False
+
+    def _note(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _schedulers(self) -> list[Any]:
+        found = self.lr_schedulers()
+        return found if isinstance(found, list) else [found]
+
+    @torch.no_grad()
+    def sample(self, count: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        """Normalised images (count, C, H, W) and patches (count, C, p, p) in pixel units.
+
+        Both come in training mode, with batch statistics, as the players see them; the running
+        statistics are left as they were.
+        """
+        patches = None
+        with preserved(self.generator):
+            images = self.generator(noise.latent(count, self.generator.latent))
+        if self.trigger_network is not None:
+            with preserved(self.trigger_network):
+                patches = self.trigger_network(noise.latent(count, self.trigger_network.latent))
+        return images, patches
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Gradients pass through the network, but none are computed for its weights."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+@contextmanager
+def preserved(network: nn.Module) -> Iterator[None]:
+    """Restore all buffers (BatchNorm statistics) on exit."""
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(kept[name])

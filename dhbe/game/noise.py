@@ -1,0 +1,77 @@
+"""What the game draws: latent vectors and patch places, from a seed or from a script."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dhbe.rng import derive_seed
+
+
+class Noise(ABC):
+    """Source of the game's randomness.
+
+    Draws per iteration, in order: for each student move a latent for images, one for patches and a
+    place; for the generator move a latent for images; for the trigger move like a student move.
+    Without trigger network there are only latents for images.
+    """
+
+    @abstractmethod
+    def latent(self, batch_size: int, length: int) -> Tensor:
+        """Standard normal (batch_size, length)."""
+
+    @abstractmethod
+    def place(self, free: int) -> tuple[int, int]:
+        """(left, top) of the patch, each uniform in 0..free, one place for the whole batch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called when an epoch begins."""
+        del epoch
+
+
+class SeededNoise(Noise):
+    """Noise that depends on (seed, epoch) only, so that a resumed game draws the same.
+
+    Args:
+        dtype, device: of the latents. Places are drawn on the CPU: they are Python integers, and
+            reading them from a GPU would make the host wait.
+    """
+
+    def __init__(self, seed: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.seed, self.dtype, self.device = seed, dtype, device
+        self.latents, self.places = torch.Generator(device), torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.latents.manual_seed(derive_seed(self.seed, "latents", epoch))
+        self.places.manual_seed(derive_seed(self.seed, "places", epoch))
+
+    def latent(self, batch_size: int, length: int) -> Tensor:
+        shape = (batch_size, length)
+        return torch.randn(shape, generator=self.latents, device=self.device, dtype=self.dtype)
+
+    def place(self, free: int) -> tuple[int, int]:
+        left, top = torch.randint(free + 1, (2,), generator=self.places).tolist()
+        return left, top
+
+
+class ScriptedNoise(Noise):
+    """Given latents and places in the order of use, for comparison with another implementation."""
+
+    def __init__(self, latents: Iterable[Tensor], places: Iterable[tuple[int, int]]) -> None:
+        self._latents, self._places = iter(latents), iter(places)
+
+    def latent(self, batch_size: int, length: int) -> Tensor:
+        z = next(self._latents)
+        if z.shape != (batch_size, length):
+            raise ValueError(f"scripted latent {tuple(z.shape)}: expected {(batch_size, length)}")
+        return z
+
+    def place(self, free: int) -> tuple[int, int]:
+        left, top = next(self._places)
+        if not (0 <= left <= free and 0 <= top <= free):
+            raise ValueError(f"scripted place {(left, top)}: expected both in 0..{free}")
+        return left, top

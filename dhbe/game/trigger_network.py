@@ -1,0 +1,48 @@
+"""The trigger network (DHBE's PatchGeneratorPreBN): noise -> small additive patches."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dhbe.game.generator import Upsampler
+
+
+class TriggerNetwork(Upsampler):
+    """Noise -> patches in *pixel* units; the exit is conv - BN without affine - tanh.
+
+    Unlike the image generator's, the last BatchNorm stands before the tanh: patches live in
+    (-1, 1), enough to overwrite any pixel.
+
+    Args:
+        channels: channels of the images.
+        patch_size: pixels; 3, 4, or 5 to 9 times a power of two up to 32.
+    """
+
+    BASES = (3, 4, 5, 6, 7, 8, 9)
+
+    def __init__(self, *, latent: int, width: int, channels: int, patch_size: int) -> None:
+        exit = nn.Sequential(
+            nn.Conv2d(width, channels, 3, padding=1),
+            nn.BatchNorm2d(channels, affine=False),
+            nn.Tanh(),
+        )
+        super().__init__(latent=latent, width=width, size=patch_size, bases=self.BASES, exit=exit)
+        self.patch_size = patch_size
+
+
+def add_patches(x_norm: Tensor, patches: Tensor, std: Tensor, left: int, top: int) -> Tensor:
+    """Normalised images with patches added at one place, not clipped.
+
+    Equals ``N(N^-1(x) + Pad(patches))`` of the paper, since normalisation is affine: a pixel offset
+    d becomes d / std.
+
+    Args:
+        x_norm: (B, C, H, W) in normalised space.
+        patches: (B, C, p, p) in pixel units.
+        std: per-channel deviation (1, C, 1, 1).
+        left, top: column and row of the patch's corner.
+    """
+    size = patches.shape[-1]
+    patched = x_norm.clone()
+    patched[:, :, top : top + size, left : left + size] += patches / std
+    return patched

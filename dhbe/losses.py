@@ -1,0 +1,34 @@
+"""Losses as pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _neighbour_differences(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differences of neighbours to the right, below, above right and below right."""
+    return (
+        x[:, :, :, :-1] - x[:, :, :, 1:],
+        x[:, :, :-1, :] - x[:, :, 1:, :],
+        x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
+        x[:, :, :-1, :-1] - x[:, :, 1:, 1:],
+    )
+
+
+def total_variation_l1(x: Tensor) -> Tensor:
+    """Sum over four directions of the mean absolute difference of neighbours (B, C, H, W)."""
+    return torch.stack([d.abs().mean() for d in _neighbour_differences(x)]).sum()
+
+
+def total_variation_l2(x: Tensor) -> Tensor:
+    """Sum over four directions of the un-squared Frobenius norm over the whole batch tensor.
+
+    DeepInversion's prior. It grows with the square root of the batch size.
+    """
+    return torch.stack([torch.linalg.vector_norm(d) for d in _neighbour_differences(x)]).sum()
+
+
+def disagreement(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of two sets of logits, over batch and classes."""
+    return (a - b).abs().mean()

@@ -1,0 +1,43 @@
+"""Which layer feeds which, found by watching one forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def conv_bn_pairs(network: nn.Module, probe: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions whose output tensor itself is a BatchNorm's input, in order of execution.
+
+    Args:
+        network: in eval mode (its statistics stay as they are).
+        probe: any input the network accepts.
+    """
+    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so its id stays unique
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def after_conv(module: nn.Module, args: Any, output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        made[id(output)] = (module, output)
+
+    def before_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.BatchNorm2d)
+        if id(args[0]) in made:
+            pairs.append((made[id(args[0])][0], module))
+
+    hooks = [
+        m.register_forward_hook(after_conv)
+        if isinstance(m, nn.Conv2d)
+        else m.register_forward_pre_hook(before_norm)
+        for m in network.modules()
+        if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))
+    ]
+    try:
+        network(probe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pairs

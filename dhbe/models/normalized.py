@@ -1,0 +1,48 @@
+"""Normalisation as the network's first layer: the outside world deals in pixels in [0, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dhbe.types import DataSpec
+
+
+class Normalized(nn.Module):
+    """Network over pixels: ``network((x - mean) / std)``.
+
+    Args:
+        network: takes normalised images (B, C, H, W), gives logits (B, classes).
+        spec: holds mean and std per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+    network: nn.Module
+
+    def __init__(self, network: nn.Module, spec: DataSpec) -> None:
+        super().__init__()
+        self.network, self.spec = network, spec
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Pixel space -> the network's input space."""
+        return (x - self.mean) / self.std
+
+    def denormalize(self, x_norm: Tensor) -> Tensor:
+        """The network's input space -> pixel space (not clipped)."""
+        return x_norm * self.std + self.mean
+
+    def around(self, network: nn.Module) -> Normalized:
+        """The same normalisation around another network."""
+        wrapped = Normalized(network, self.spec)
+        return wrapped.to(self.mean.device, self.mean.dtype)
+
+    def probe(self, batch_size: int = 2) -> Tensor:
+        """Black images (batch_size, C, H, W) that fit the network."""
+        return self.mean.new_zeros((batch_size, *self.spec.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(x))
+        return logits

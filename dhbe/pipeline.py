@@ -1,0 +1,298 @@
+"""One run: config, data, attack, victim, suspect, defense, evaluation, result folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+from torch import nn
+
+from dhbe import config, results, victim
+from dhbe.attack import Attack
+from dhbe.checkpoint import CheckpointFile
+from dhbe.data import Budget, Data, DefenderData, Splits
+from dhbe.defense import Defense
+from dhbe.errors import ConfigError
+from dhbe.evaluate import Evaluator
+from dhbe.metrics import Predictions
+from dhbe.models import Normalized
+from dhbe.report.console import show
+from dhbe.report.page import write_page
+from dhbe.results import Clock, ResultFolder
+from dhbe.rng import fork
+from dhbe.runtime import Recorder, Runtime, TrainerConfig
+from dhbe.training import Schedule
+from dhbe.types import DataSpec, Suspect
+
+log = logging.getLogger(__name__)
+EXAMPLES = 8
+"""Test images shown in the report."""
+VICTIM_KEYS = ("data", "model", "attack", "victim", "seed")
+"""Config groups that make a victim, besides the precision; they and no others name it."""
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The objects that a config names."""
+
+    data: Data
+    attack: Attack
+    defense: Defense
+    budget: Budget
+    trainer: TrainerConfig
+    victim: Schedule | CheckpointFile
+
+    @property
+    def spec(self) -> DataSpec:
+        """What everyone may know of the data."""
+        return self.data.spec
+
+
+def assemble(tree: dict[str, Any]) -> Parts:
+    """Build all parts and check that they fit; nothing is read from disk.
+
+    Raises:
+        ConfigError: unknown, ill-typed or missing values, or an impossible combination.
+    """
+    config.validate(tree)
+    data: Data = instantiate(tree["data"])
+    budget: Budget = instantiate(tree["budget"])
+    defense: Defense = instantiate(tree["defense"], _convert_="all")
+    defense.check(budget)
+    defense.fits(data.spec)
+    return Parts(
+        data=data,
+        attack=instantiate(tree["attack"], _partial_=True, _convert_="all")(spec=data.spec),
+        defense=defense,
+        budget=budget,
+        trainer=instantiate(tree["trainer"]),
+        victim=instantiate(tree["victim"], _convert_="all"),
+    )
+
+
+def build_network(tree: dict[str, Any], spec: DataSpec, seed: int) -> Normalized:
+    """Freshly initialised network with normalisation, channels last in memory."""
+    with fork(seed):
+        network: nn.Module = instantiate(
+            tree["model"],
+            classes=spec.classes,
+            channels=spec.channels,
+            image_size=spec.image_size,
+            _convert_="all",
+        )
+    return Normalized(network, spec).to(memory_format=torch.channels_last)
+
+
+def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, Any]:
+    """Carry out one run and return its metrics; a finished folder of the same config is reused.
+
+    Args:
+        folder: where the result goes.
+        choices: name of the chosen config in each group, for tables.
+    """
+    tree = config.plain(cfg)
+    result = ResultFolder(folder)
+    try:
+        parts = assemble(tree)
+        if result.complete and not tree["force"]:
+            return reuse(result, tree)
+        with result.claimed():
+            if result.complete and not tree["force"]:
+                return reuse(result, tree)
+            return compute(tree, parts, result, choices)
+    finally:
+        result.discard_empty()
+
+
+def compute(
+    tree: dict[str, Any], parts: Parts, result: ResultFolder, choices: Mapping[str, str]
+) -> dict[str, Any]:
+    """The run itself, into ``result``."""
+    seed, device = tree["seed"], parts.trainer.device
+    if parts.trainer.threads:
+        torch.set_num_threads(parts.trainer.threads)
+    work = result.open()
+    clock = Clock(device)
+    splits = parts.data.load()
+    logger = instantiate(tree["logger"]) if tree.get("logger") else None
+
+    evaluator = None
+    if splits is not None:
+        attack = parts.attack if parts.attack.active else None
+        evaluator = Evaluator(splits.test, attack, device=device)
+    watch = None if evaluator is None else evaluator.observer()
+    runtime = Runtime(
+        trainer_config=parts.trainer,
+        seed=seed,
+        workdir=work / "training",
+        recorder=Recorder(watch, parts.trainer.observe_every),
+        logger=logger,
+    )
+    with clock.stage("victim"):
+        network = build_network(tree, parts.spec, runtime.derive("network"))
+        made = obtain_victim(tree, parts, network, splits, runtime)
+    made.network.to(device, runtime.dtype)
+    before = after = None
+    if evaluator is not None:
+        with clock.stage("evaluate"):
+            before = evaluator.predict(made.network)
+    suspect = Suspect(network=made.network, architecture=choices["model"], spec=parts.spec)
+    with clock.stage("defense"):
+        data = grant(parts, splits, made, seed)
+        purified = parts.defense(suspect, data, runtime)
+    if evaluator is not None:
+        with clock.stage("evaluate"):
+            after = evaluator.predict(purified)
+
+    metrics = describe(tree, parts, clock, made, runtime) | names(choices)
+    truth = None if evaluator is None else evaluator.truth
+    metrics = results.summarize(before, after, truth) | metrics
+    store(work, tree, purified, evaluator, made, runtime, (before, after))
+    (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
+    write_page(work)
+    result.publish()
+    show(metrics, result.path)
+    return metrics
+
+
+def obtain_victim(
+    tree: dict[str, Any],
+    parts: Parts,
+    network: Normalized,
+    splits: Splits | None,
+    runtime: Runtime,
+) -> victim.Victim:
+    """The suspect's origin: somebody's file, or the config's victim, stored or newly trained."""
+    if isinstance(parts.victim, CheckpointFile):
+        parts.victim.load_into(network)
+        codes = torch.zeros(0, dtype=torch.int8)
+        return victim.Victim(
+            network=network.eval(),
+            attack=parts.attack,
+            codes=codes,
+            seconds=0.0,
+            cached=True,
+            curves=[],
+        )
+    schedule = parts.victim
+    if splits is None:
+        raise ConfigError("data=unknown has no images to train on; set victim=checkpoint or data=")
+
+    def make(work: Path) -> tuple[torch.Tensor, list[dict[str, float]]]:
+        own = Runtime(
+            trainer_config=parts.trainer,
+            seed=runtime.seed,
+            workdir=work,
+            recorder=Recorder(),
+            logger=runtime.logger,
+        )
+        network.to(own.device, own.dtype)
+        codes = victim.train(network, parts.attack.to(own.device), splits.train, schedule, own)
+        return codes, own.recorder.rows
+
+    recipe = {k: tree[k] for k in VICTIM_KEYS} | {"precision": parts.trainer.precision}
+    recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
+    recipe["images"] = splits.train.fingerprint()
+    return victim.VictimStore(Path(tree["paths"]["victims"])).obtain(
+        recipe, network, parts.attack, make
+    )
+
+
+def grant(parts: Parts, splits: Splits | None, made: victim.Victim, seed: int) -> DefenderData:
+    """The defender's data: the pool within the budget, and the poisoned set only if granted."""
+    poisoned = None
+    if splits is None:
+        return DefenderData(parts.budget, pool=None, train_size=0, seed=seed)
+    if parts.budget.poisoned:
+        poisoned = parts.attack.poison(splits.train, made.codes).resident()
+    size = len(splits.train) + len(splits.pool)
+    return DefenderData(
+        parts.budget, pool=splits.pool, train_size=size, seed=seed, poisoned=poisoned
+    )
+
+
+def describe(
+    tree: dict[str, Any], parts: Parts, clock: Clock, made: victim.Victim, runtime: Runtime
+) -> dict[str, Any]:
+    """The part of ``metrics.json`` that says what was run, where and how long it took."""
+    seconds = dict(clock.seconds)
+    if made.cached:
+        seconds["victim"] = made.seconds
+    return {
+        "cell": config.cell(tree),
+        "selection": parts.defense.selection,
+        "seed": tree["seed"],
+        "poison_rate": parts.attack.poison_rate,
+        "seconds": {k: seconds.get(k, 0.0) for k in ("victim", "defense", "evaluate")},
+        "cached_victim": made.cached,
+        "peak_memory_mb": max(clock.peaks.values()),
+        "stage_peak_memory_mb": clock.peaks,
+        "precision": parts.trainer.precision,
+        "device": str(parts.trainer.device),
+        "notes": runtime.recorder.notes,
+        "versions": results.versions(),
+        "commit": results.commit(),
+    }
+
+
+def store(
+    work: Path,
+    tree: dict[str, Any],
+    purified: Normalized,
+    evaluator: Evaluator | None,
+    made: victim.Victim,
+    runtime: Runtime,
+    predictions: tuple[Predictions | None, Predictions | None],
+) -> None:
+    """Everything but metrics and page: config, weights, predictions, curves, pictures."""
+    (work / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    weights = {k: v.cpu().contiguous() for k, v in purified.state_dict().items()}
+    save_file(weights, work / "purified.safetensors", metadata={"data": tree["data"]["name"]})
+    arrays: dict[str, Any] = {}
+    if evaluator is not None:
+        arrays |= vars(evaluator.truth)
+        for role, found in zip(("victim", "purified"), predictions, strict=True):
+            assert found is not None
+            arrays |= {f"{role}_{k}": v for k, v in vars(found).items() if v is not None}
+        clean, triggered, index = evaluator.examples(EXAMPLES)
+        pictures: dict[str, Any] = {"clean": clean, "index": index}
+        if triggered is not None:
+            pictures["triggered"] = triggered
+        np.savez_compressed(work / "examples.npz", **pictures)
+    np.savez_compressed(work / "predictions.npz", **arrays)
+    rows = [{"stage": "victim", **r} for r in made.curves]
+    rows += [{"stage": "defense", **r} for r in runtime.recorder.rows]
+    pd.DataFrame(rows).to_csv(work / "curves.csv", index=False)
+    pictures_dir = work / "pictures"
+    pictures_dir.mkdir(exist_ok=True)
+    for name, images in runtime.recorder.pictures.items():
+        results.save_grid(images, pictures_dir / f"{name}.png")
+    shutil.rmtree(work / "training", ignore_errors=True)
+
+
+def reuse(result: ResultFolder, tree: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a finished folder.
+
+    Raises:
+        ConfigError: the folder holds the result of another config.
+    """
+    metrics = result.metrics(config.cell(tree))
+    show(metrics, result.path, reused=True)
+    return metrics
+
+
+def names(choices: Mapping[str, str]) -> dict[str, str]:
+    """What was chosen in each config group."""
+    groups = ("data", "model", "attack", "defense", "budget")
+    return {g: choices.get(g) or "custom" for g in groups}

@@ -1,0 +1,1 @@
+"""Reports from result folders alone: console table, HTML page of one run, collections of many."""

@@ -1,0 +1,118 @@
+"""``report.html``: one self-contained page about one run, made from its result folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dhbe.report.folder import ROLES, read_metrics, rows
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+"""Colours that colour-blind readers tell apart (Okabe and Ito)."""
+
+
+def write_page(folder: Path) -> Path:
+    """Write ``report.html`` into a result folder."""
+    metrics = read_metrics(folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dhbe.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    page = environment.get_template("run.html").render(
+        m=metrics,
+        rows=rows(metrics),
+        examples=_examples(folder),
+        generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
+        patches=[_shown(p) for p in pictures if p.name.startswith("patches")],
+        curves=_curves(folder / "curves.csv"),
+        config=(folder / "config.yaml").read_text(),
+    )
+    target = folder / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def _data_url(blob: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(blob).decode()}"
+
+
+def _png(pixels: np.ndarray) -> str:
+    """Image (C, H, W) uint8 -> data URL."""
+    image = pixels.transpose(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
+    return _data_url(buffer.getvalue())
+
+
+def _shown(file: Path) -> dict[str, str]:
+    epoch = file.stem.rsplit("_", 1)[-1].lstrip("0")
+    return {"url": _data_url(file.read_bytes()), "caption": f"epoch {epoch}"}
+
+
+def _examples(folder: Path) -> list[dict[str, Any]]:
+    """Test images with what both networks say, clean and triggered; empty without data."""
+    if not (folder / "examples.npz").exists():
+        return []
+    found: dict[str, np.ndarray] = dict(np.load(folder / "examples.npz"))
+    predictions: dict[str, np.ndarray] = dict(np.load(folder / "predictions.npz"))
+    examples = []
+    for i, position in enumerate(found["index"]):
+        clean = found["clean"][i]
+        example: dict[str, Any] = {"label": int(predictions["labels"][position])}
+        example["clean"] = {"url": _png(clean)}
+        for role in ROLES:
+            example["clean"][role] = int(predictions[f"{role}_clean"][position])
+        if "triggered" in found:
+            triggered = found["triggered"][i]
+            change = np.abs(triggered.astype(int) - clean.astype(int)).astype(np.uint8)
+            example["triggered"] = {"url": _png(triggered)}
+            for role in ROLES:
+                example["triggered"][role] = int(predictions[f"{role}_triggered"][position])
+            example["goal"] = int(predictions["goal"][position])
+            example["difference"] = _png(change)
+        examples.append(example)
+    return examples
+
+
+def _curves(file: Path) -> str | None:
+    """Losses, and ACC/ASR where they were measured, as one SVG data URL."""
+    try:
+        table = pd.read_csv(file)
+    except pd.errors.EmptyDataError:
+        return None
+    defense = table[table["stage"] == "defense"]
+    if defense.empty:
+        return None
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, colour in (("val/acc", BLUE), ("val/asr", ORANGE)):
+        if name in defense:
+            points = defense[["epoch", name]].dropna()
+            left.plot(points["epoch"] + 1, 100 * points[name], "o-", color=colour, label=name)
+    left.set(xlabel="epoch", ylabel="%", ylim=(-2, 102), title="purified network, test images")
+    losses = [
+        c for c in map(str, defense) if "/" in c and not c.startswith("val/") and defense[c].any()
+    ]
+    for name in losses:
+        right.plot(defense["epoch"] + 1, defense[name], label=name)
+    right.set(xlabel="epoch", title="losses of the players")
+    for axes in (left, right):
+        axes.grid(color="#eeeeee")
+        if axes.lines:
+            axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return _data_url(buffer.getvalue(), "image/svg+xml")

@@ -1,0 +1,204 @@
+"""One result folder: written beside its place, renamed when complete, self-explaining."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+
+from dhbe.errors import ConfigError, DHBEError
+from dhbe.metrics import Predictions, Rate, Truth, der, rates
+
+METRICS = "metrics.json"
+"""Its presence means that a folder is complete."""
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy")
+
+
+class Clock:
+    """Wall seconds and peak memory (MB) of each stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the block; repeated stages add up."""
+        _reset_peak(self.device)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.peaks[name] = max(self.peaks.get(name, 0.0), _peak_mb(self.device))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:  # Linux: reset the high-water mark; elsewhere a peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    unit = 2**20 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this code runs from; None when installed or without git."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this project and what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "dhbe": version("dhbe"),
+        **{p: version(p) for p in PACKAGES},
+    }
+
+
+def summarize(
+    victim: Predictions | None, purified: Predictions | None, truth: Truth | None
+) -> dict[str, Any]:
+    """The ``victim``, ``purified``, ``der`` and ``counts`` entries; None where undefined."""
+    names = ("acc", "asr", "asr_conditional", "ra")
+    found: dict[str, dict[str, Rate | None]] = {}
+    for role, predictions in (("victim", victim), ("purified", purified)):
+        found[role] = dict.fromkeys(names)
+        if predictions is not None and truth is not None:
+            found[role] = rates(predictions, truth)
+    values = {
+        role: {n: None if r is None else r.value for n, r in rs.items()}
+        for role, rs in found.items()
+    }
+    pairs = [(values["victim"][n], values["purified"][n]) for n in ("acc", "asr")]
+    known = all(v is not None for pair in pairs for v in pair)
+    counts = {
+        role: {n: None if r is None else r.as_dict() for n, r in rs.items()}
+        for role, rs in found.items()
+    }
+    return {**values, "der": der(*pairs) if known else None, "counts": counts}  # type: ignore[arg-type]
+
+
+class ResultFolder:
+    """A folder that appears under its name only when everything is in it.
+
+    Args:
+        path: the final place; if it exists it must be empty (Hydra creates it).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+
+    @property
+    def complete(self) -> bool:
+        """Whether a finished result lies there."""
+        return (self.path / METRICS).is_file()
+
+    def metrics(self, cell: str) -> dict[str, Any]:
+        """The metrics of the finished result of this cell.
+
+        Raises:
+            ConfigError: the folder holds another cell's result.
+        """
+        found: dict[str, Any] = json.loads((self.path / METRICS).read_text())
+        if found.get("cell") != cell:
+            raise ConfigError(
+                f"hydra.run.dir={self.path}: holds the result of another config; choose another "
+                "folder, or set force=true to replace it"
+            )
+        return found
+
+    def open(self) -> Path:
+        """Make the working folder; one left by a killed run is continued.
+
+        Raises:
+            DHBEError: it cannot be written.
+        """
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DHBEError(f"hydra.run.dir={self.path}: cannot be written ({error})") from error
+        return self.partial
+
+    def publish(self) -> None:
+        """Rename the working folder to its final name, in place of an older result."""
+        if self.complete:
+            shutil.rmtree(self.path)
+        self.discard_empty()
+        try:
+            self.partial.rename(self.path)
+        except OSError as error:
+            raise DHBEError(
+                f"hydra.run.dir={self.path}: holds other files; choose another folder "
+                f"(the result is in {self.partial})"
+            ) from error
+
+    def discard_empty(self) -> None:
+        """Remove the folder that Hydra made if nothing came of it."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder's lock; a second process with the same cell waits."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            with lock:
+                yield
+        except PermissionError as error:
+            raise DHBEError(f"hydra.run.dir={self.path}: cannot be written ({error})") from error
+
+
+def dump(metrics: dict[str, Any]) -> str:
+    """Strict JSON."""
+    return json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+
+
+def save_grid(images: np.ndarray, file: Path, *, columns: int = 8, scale: int = 2) -> None:
+    """PNG of images (N, C, H, W) uint8 side by side with a white pixel between them."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + 1), min(n, columns) * (w + 1), 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + 1), i % columns * (w + 1)
+        pixels = image.transpose(1, 2, 0)
+        grid[top : top + h, left : left + w] = np.repeat(pixels, 3, 2) if c == 1 else pixels
+    big = Image.fromarray(grid)
+    big.resize((big.width * scale, big.height * scale), Image.Resampling.NEAREST).save(file)

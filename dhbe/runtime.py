@@ -1,0 +1,208 @@
+"""How a run computes: device, precision, random streams, Lightning trainer, and what it records."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from annotated_types import Ge
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+from dhbe.errors import got
+from dhbe.rng import derive_seed, generator
+
+Precision = Literal["auto", "32-true", "64-true", "bf16-mixed"]
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; emulated on a CPU it is many times slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, c, lambda: False)() for c in checks)
+
+
+class Recorder(Checkpoint):
+    """Curves and pictures of one stage; travels with the checkpoint, so a resumed run keeps them.
+
+    A ``Checkpoint`` in Lightning's eyes, because those run after the module has logged its epoch.
+
+    Args:
+        observe: measures the network being trained (evaluation's eyes; nothing flows back).
+        every: epochs between two observations; 0 switches them off.
+    """
+
+    def __init__(
+        self, observe: Callable[[nn.Module], dict[str, float]] | None = None, every: int = 0
+    ) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.pictures: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
+        self._observe, self._every = observe, every
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether this epoch is one to observe (every n-th, and the last)."""
+        return bool(self._every) and ((epoch + 1) % self._every == 0 or epoch + 1 == epochs)
+
+    def observe(self, network: nn.Module, epoch: int) -> None:
+        """Measure ``network`` and add the figures to this epoch's row."""
+        if self._observe is None:
+            return
+        training = {m: m.training for m in network.modules()}
+        figures = self._observe(network.eval())
+        for module, mode in training.items():
+            module.training = mode
+        self.add(epoch, {f"val/{k}": v for k, v in figures.items()})
+
+    def add(self, epoch: int, figures: dict[str, float]) -> None:
+        """Add figures to the row of an epoch (counted from 0)."""
+        if not self.rows or self.rows[-1]["epoch"] != epoch:
+            self.rows.append({"epoch": epoch})
+        self.rows[-1].update(figures)
+
+    def picture(self, name: str, images: Tensor) -> None:
+        """Keep images (N, C, H, W) in [0, 1] under a name; values outside are clipped."""
+        pixels = images.detach().float().clamp(0, 1).mul(255).round()
+        self.pictures[name] = pixels.to(torch.uint8).cpu().numpy()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy what the module logged in this epoch."""
+        logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.add(trainer.current_epoch, logged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        pictures = {k: torch.from_numpy(v) for k, v in self.pictures.items()}
+        return {"rows": self.rows, "pictures": pictures, "notes": self.notes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.rows, self.notes = state_dict["rows"], state_dict["notes"]
+        self.pictures = {k: v.numpy() for k, v in state_dict["pictures"].items()}
+
+
+class TrainerConfig:
+    """The ``trainer`` config group.
+
+    Args:
+        device: ``auto`` takes a GPU if there is one.
+        precision: ``auto`` is bf16-mixed where the hardware has it, else 32-true.
+        threads: CPU threads (0: torch's own choice).
+        progress: ``auto`` draws progress bars on a terminal only.
+        observe_every: epochs between two measurements for the training curves (0: none).
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Literal["auto", "cpu", "cuda"],
+        precision: Precision,
+        threads: Annotated[int, Ge(0)],
+        progress: Literal["auto", "always", "never"],
+        observe_every: Annotated[int, Ge(0)],
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise got("trainer.device", device, "cpu or auto", "torch sees no CUDA device here")
+        name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
+        self.precision: Literal["32-true", "64-true", "bf16-mixed"]
+        if precision == "auto":
+            self.precision = "bf16-mixed" if fast_bf16(self.device) else "32-true"
+        else:
+            self.precision = precision
+        self.threads, self.observe_every = threads, observe_every
+        self.progress = sys.stderr.isatty() if progress == "auto" else progress == "always"
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """Everything a stage needs to compute, and nothing it may not see.
+
+    Attributes:
+        workdir: holds the checkpoint of the stage while it runs.
+        recorder: takes curves and pictures; it gives nothing back.
+    """
+
+    trainer_config: TrainerConfig
+    seed: int
+    workdir: Path
+    recorder: Recorder = field(default_factory=Recorder)
+    logger: Logger | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+        return self.trainer_config.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and images."""
+        return torch.float64 if self.trainer_config.precision == "64-true" else torch.float32
+
+    def rng(self, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
+        """Generator derived from the run's seed and a purpose."""
+        return generator(self.seed, *purpose, device=device)
+
+    def derive(self, *purpose: object) -> int:
+        """Integer seed derived from the run's seed and a purpose."""
+        return derive_seed(self.seed, *purpose)
+
+    def fit(
+        self,
+        module: pl.LightningModule,
+        batches: Any,
+        *,
+        epochs: int,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Train with Lightning; continue from the workdir's checkpoint if there is one.
+
+        Args:
+            callbacks: run before the recorder, whose row they may add to.
+        """
+        config = self.trainer_config
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        checkpoint = self.workdir / "last.ckpt"
+        saver = ModelCheckpoint(
+            dirpath=self.workdir,
+            filename="epoch",
+            save_top_k=0,
+            save_last=True,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+        hooks: list[Callback] = [*callbacks, self.recorder, saver]
+        if config.progress:
+            hooks.append(RichProgressBar(leave=True))
+        logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            trainer = pl.Trainer(
+                accelerator="gpu" if config.device.type == "cuda" else "cpu",
+                devices=1,
+                precision=config.precision,
+                max_epochs=epochs,
+                callbacks=hooks,
+                logger=self.logger or False,
+                enable_progress_bar=config.progress,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+            )
+            trainer.fit(
+                module,
+                train_dataloaders=batches,
+                ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                weights_only=True,
+            )
+        module.to(config.device)

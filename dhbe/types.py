@@ -1,0 +1,57 @@
+"""Records that cross module boundaries: frozen, keyword-only, free of behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What everybody, the defender included, may know of a data set.
+
+    Attributes:
+        mean, std: per-channel statistics of pixels in [0, 1]; the network's first layer.
+        flip: whether a horizontal mirror keeps the label (not so for digits and some signs).
+        crop_padding: pixels of zero padding for the random crop; 0 switches it off.
+        balanced: whether all classes have the same number of training images.
+    """
+
+    name: str
+    classes: int
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    crop_padding: int
+    balanced: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return (self.channels, self.image_size, self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """All that a defender may know of a victim: no attack, no test set inside."""
+
+    network: nn.Module
+    architecture: str
+    spec: DataSpec
+
+
+class Batch(NamedTuple):
+    """Training batch: images (B, C, H, W) float in [0, 1], labels, codes, positions, all (B,)."""
+
+    images: Tensor
+    labels: Tensor
+    codes: Tensor
+    positions: Tensor
+
+
+CLEAN, POISON, COVER = 0, 1, 2
+"""Codes of training images: untouched; trigger and goal label; trigger-like change, true label."""

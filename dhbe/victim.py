@@ -1,0 +1,183 @@
+"""Victims: trained once, stored under the hash of what made them, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dhbe.attack import Attack
+from dhbe.config import fingerprint
+from dhbe.data import ImageSet, TrainingBatches
+from dhbe.errors import ArtefactError
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.training import Schedule, Supervised
+from dhbe.types import Batch
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when victims made by older code are no longer comparable; part of the hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A trained network, the attack that made it, and the codes (N,) of its training images."""
+
+    network: Normalized
+    attack: Attack
+    codes: Tensor
+    seconds: float
+    cached: bool
+    curves: list[dict[str, float]]
+
+
+def train(
+    network: Normalized, attack: Attack, images: ImageSet, schedule: Schedule, runtime: Runtime
+) -> Tensor:
+    """Train the network under the attack, in place; returns the codes (N,) int8."""
+    codes = attack.select(images.labels, runtime.rng("codes"))
+    attack.prepare(images, runtime, surrogate=None)
+    given = images if attack.controls_training else attack.poison(images, codes)
+    batches = TrainingBatches(
+        given.resident().to(runtime.device) if fits_memory(given) else given,
+        spec=attack.spec,
+        batch_size=schedule.batch_size,
+        seed=runtime.derive("victim"),
+        device=runtime.device,
+        codes=codes,
+    )
+
+    def loss(net: torch.nn.Module, batch: Batch) -> Tensor:
+        x, y = batch.images.to(runtime.dtype), batch.labels
+        if attack.controls_training:
+            x, y = attack.batch(x, y, batch.codes, batch.positions)
+        return attack.loss(net, x, y, batch.codes)
+
+    module = Supervised(network, batches, schedule, role="victim", loss=loss)
+    runtime.fit(module, batches, epochs=schedule.epochs)
+    return codes
+
+
+def fits_memory(images: ImageSet) -> bool:
+    """Whether the set already lives in memory (streamed sets stay where they are)."""
+    return hasattr(images, "images")
+
+
+class VictimStore:
+    """Folders of victims: ``<hash>/victim.safetensors`` and ``<hash>/victim.json``, no pickle."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def obtain(
+        self,
+        recipe: dict[str, Any],
+        network: Normalized,
+        attack: Attack,
+        make: Callable[[Path], tuple[Tensor, list[dict[str, float]]]],
+    ) -> Victim:
+        """The victim of this recipe: read if it is there, else made and stored, by one process.
+
+        Args:
+            recipe: everything that makes the victim what it is.
+            network, attack: freshly built; filled with the victim's state.
+            make: trains both in place, given a folder for checkpoints; returns codes and curves.
+
+        Raises:
+            ArtefactError: the stored victim is truncated, edited, or not this recipe's.
+        """
+        folder = self.root / fingerprint({"format": FORMAT, **recipe})
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                f"paths.victims={self.root}: cannot be written ({error})"
+            ) from error
+        with FileLock(self.root / f".{folder.name}.lock"):
+            if folder.exists():
+                return self._read(folder, recipe, network, attack)
+            start = time.perf_counter()
+            work = self.root / f".{folder.name}.partial"
+            codes, curves = make(work)
+            seconds = time.perf_counter() - start
+            self._write(folder, recipe, network, attack, codes, curves, seconds)
+            shutil.rmtree(work, ignore_errors=True)
+        return Victim(
+            network=network.eval(),
+            attack=attack,
+            codes=codes,
+            seconds=seconds,
+            cached=False,
+            curves=curves,
+        )
+
+    def _write(
+        self,
+        folder: Path,
+        recipe: dict[str, Any],
+        network: Normalized,
+        attack: Attack,
+        codes: Tensor,
+        curves: list[dict[str, float]],
+        seconds: float,
+    ) -> None:
+        """Write into a temporary sibling, then rename: a reader never sees half a victim."""
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir()
+        tensors = {"codes": codes}
+        for part, module in (("network", network), ("attack", attack)):
+            tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
+        weights = temporary / "victim.safetensors"
+        save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
+        about = {
+            "recipe": recipe,
+            "seconds": seconds,
+            "curves": curves,
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        }
+        (temporary / "victim.json").write_text(json.dumps(about, indent=1))
+        temporary.rename(folder)
+
+    def _read(
+        self, folder: Path, recipe: dict[str, Any], network: Normalized, attack: Attack
+    ) -> Victim:
+        remedy = f"delete {folder} to train it anew"
+        try:
+            about = json.loads((folder / "victim.json").read_text())
+            weights = folder / "victim.safetensors"
+            whole = hashlib.sha256(weights.read_bytes()).hexdigest() == about["sha256"]
+            if about["recipe"] != json.loads(json.dumps(recipe)):
+                raise ArtefactError(f"{folder / 'victim.json'}: edited, not its hash's; {remedy}")
+            if not whole:
+                raise ArtefactError(f"{weights}: truncated or edited (SHA-256 differs); {remedy}")
+            tensors = load_file(weights)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ArtefactError(f"{folder}: damaged victim ({error}); {remedy}") from error
+        codes = tensors.pop("codes")
+        for part, module in (("network", network), ("attack", attack)):
+            own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(part)}
+            module.load_state_dict(own)
+        log.info("victim %s read from %s", folder.name, folder)
+        return Victim(
+            network=network.eval(),
+            attack=attack,
+            codes=codes,
+            seconds=float(about["seconds"]),
+            cached=True,
+            curves=about["curves"],
+        )
