@@ -191,7 +191,7 @@ class Distillation(pl.LightningModule):
         if self.trigger_network is not None:
             parameters = self.trigger_network.parameters()
             optimizers.append(torch.optim.Adam(parameters, lr=r.trigger_network, fused=True))
-        milestones = [int(m * self.epochs) for m in r.milestones]
+        milestones = [max(1, int(m * self.epochs)) for m in r.milestones]
         return optimizers, [MultiStepLR(o, milestones, r.decay) for o in optimizers]
 
     def _optimizers(self) -> list[Any]:

@@ -1,0 +1,28 @@
+# `make demo` and `make test` need nothing but Python >= 3.10; both reuse .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
+
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python -e ".[dev]"; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"; fi
+	touch $@
+
+demo: $(BIN)/.installed  ## plant a backdoor in a real network and erase it without data (4 minutes)
+	$(BIN)/python run.py
+
+test: $(BIN)/.installed  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(BIN)/.installed  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## delete environment and outputs
+	rm -rf .venv outputs

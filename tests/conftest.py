@@ -1,0 +1,100 @@
+"""Shared fixtures: a tiny data set, composed configs, and a runtime that leaves no trace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from dhbe.data import Resident
+from dhbe.entry import register_resolvers
+from dhbe.runtime import Runtime, TrainerConfig
+from dhbe.types import DataSpec
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+
+
+def names(group: str) -> list[str]:
+    """All configs of a group."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture
+def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Function that composes a config from overrides, with all outputs in a temporary folder."""
+    register_resolvers()
+
+    def composed(*overrides: str) -> DictConfig:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose(
+                "config",
+                overrides=[
+                    f"paths.victims={tmp_path}/victims",
+                    f"paths.results={tmp_path}/results",
+                    *overrides,
+                ],
+            )
+
+    return composed
+
+
+@pytest.fixture
+def spec() -> DataSpec:
+    """What a tiny data set looks like."""
+    return make_spec()
+
+
+def make_spec(**changes: Any) -> DataSpec:
+    """16-pixel colour images in 4 classes, unless changed."""
+    channels = changes.get("channels", 3)
+    known = {
+        "name": "tiny",
+        "classes": 4,
+        "channels": channels,
+        "image_size": 16,
+        "mean": (0.5,) * channels,
+        "std": (0.25,) * channels,
+        "flip": True,
+        "crop_padding": 2,
+        "balanced": True,
+    }
+    return DataSpec(**(known | changes))
+
+
+@pytest.fixture
+def images(spec: DataSpec) -> Resident:
+    """80 random images, 20 per class."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (80, *spec.shape), generator=rng, dtype=torch.uint8)
+    return Resident(pixels, torch.arange(80) % spec.classes)
+
+
+@pytest.fixture
+def make_runtime(tmp_path: Path) -> Callable[..., Runtime]:
+    """Runtimes on the CPU."""
+
+    def make(seed: int = 0, work: str = "work", precision: str = "32-true") -> Runtime:
+        config = TrainerConfig(
+            device="cpu",
+            precision=precision,  # type: ignore[arg-type]
+            threads=0,
+            progress="never",
+            observe_every=0,
+        )
+        return Runtime(trainer_config=config, seed=seed, workdir=tmp_path / work)
+
+    return make
+
+
+needs_data = pytest.mark.skipif(
+    "DHBE_DATA" not in os.environ, reason="set DHBE_DATA to the folder with the real data sets"
+)

@@ -1,0 +1,208 @@
+"""The command line as a user meets it: a real run on tiny settings, and everything that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+
+TINY = (
+    "data.limit=300",
+    "data.train_size=7600",
+    "model.widths=[8,16]",
+    "victim.epochs=2",
+    "trainer.threads=1",
+    "trainer.observe_every=1",
+)
+GAME = (
+    "defense.epochs=2",
+    "defense.iterations=2",
+    "defense.batch_size=8",
+    "defense.width=4",
+    "defense.patch_width=4",
+)
+
+
+def run(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python run.py`` from another folder, as a child process."""
+    return subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "run.py"),
+            f"paths.victims={folder}/victims",
+            f"paths.results={folder}/results",
+            *overrides,
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which one tiny run is finished, in ``one``."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = run(folder, *TINY, *GAME, "hydra.run.dir=one")
+    assert done.returncode == 0, done.stderr
+    assert "result: " in done.stdout
+    return folder
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_result_folder_is_whole(finished: Path) -> None:
+    one = finished / "one"
+    m = metrics(one)
+    assert set(m) >= {
+        *("victim", "purified", "der", "counts", "data", "model", "attack", "defense", "budget"),
+        *("selection", "seed", "seconds", "cached_victim", "peak_memory_mb", "versions", "commit"),
+    }
+    for role in ("victim", "purified"):
+        assert set(m[role]) == {"acc", "asr", "asr_conditional", "ra"}
+        assert m["counts"][role]["acc"]["total"] == 300
+        assert m["counts"][role]["asr"]["total"] == 270
+    assert (m["attack"], m["defense"], m["budget"]) == ("badnets", "dhbe_quick", "none")
+    assert set(m["seconds"]) == {"victim", "defense", "evaluate"}
+    assert m["cached_victim"] is False
+    stored = np.load(one / "predictions.npz")
+    hits = (stored["purified_clean"] == stored["labels"]).sum()
+    assert hits / 300 == m["purified"]["acc"]
+    weights = load_file(one / "purified.safetensors")
+    assert all(w.isfinite().all() for w in weights.values() if w.is_floating_point())
+    assert (one / "config.yaml").exists()
+    assert sorted(p.name for p in (one / "pictures").iterdir()) == [
+        "generated_0001.png",
+        "generated_0002.png",
+        "patches_0001.png",
+        "patches_0002.png",
+    ]
+    assert not list(finished.glob(".*.partial"))
+    assert not (one / "training").exists()
+
+
+def test_the_page_stands_alone(finished: Path) -> None:
+    page = (finished / "one" / "report.html").read_text()
+    assert "attack success rate" in page
+    assert page.count("data:image/png;base64") > 20
+    assert "src=\"http" not in page
+    assert "<script" not in page
+
+
+def test_the_victim_is_shared_and_the_same_run_is_reused(finished: Path) -> None:
+    other = run(finished, *TINY, "defense=clp", "hydra.run.dir=two")
+    assert other.returncode == 0, other.stderr
+    assert metrics(finished / "two")["cached_victim"] is True
+    assert metrics(finished / "two")["victim"] == metrics(finished / "one")["victim"]
+    before = (finished / "one" / "metrics.json").stat().st_mtime_ns
+    again = run(finished, *TINY, *GAME, "hydra.run.dir=one")
+    assert again.returncode == 0
+    assert "already there" in again.stdout
+    assert (finished / "one" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_same_config_same_numbers(finished: Path) -> None:
+    again = run(finished, *TINY, *GAME, "hydra.run.dir=same", f"paths.victims={finished}/fresh")
+    assert again.returncode == 0, again.stderr
+    for key in ("victim", "purified", "counts"):
+        assert metrics(finished / "same")[key] == metrics(finished / "one")[key]
+
+
+def test_another_config_does_not_overwrite(finished: Path) -> None:
+    done = run(finished, *TINY, "defense=none", "hydra.run.dir=one")
+    assert done.returncode == 2
+    assert "holds the result of another config" in done.stderr
+    assert metrics(finished / "one")["defense"] == "dhbe_quick"
+
+
+def test_a_sweep_shares_victims_and_names_cells(finished: Path) -> None:
+    done = run(finished, "-m", *TINY, "defense=none,clp", "seed=0")
+    assert done.returncode == 0, done.stderr
+    cells = [p for p in (finished / "results").iterdir() if (p / "metrics.json").exists()]
+    assert {metrics(c)["defense"] for c in cells} == {"none", "clp"}
+    assert all(metrics(c)["cached_victim"] for c in cells)
+    none = next(m for m in map(metrics, cells) if m["defense"] == "none")
+    assert none["purified"] == none["victim"]
+
+
+def test_own_checkpoint_without_and_with_data(finished: Path) -> None:
+    file = finished / "one" / "purified.safetensors"
+    base = ("victim=checkpoint", f"victim.path={file}", "model.widths=[8,16]")
+    with_data = run(finished, *base, "data.limit=300", "defense=clp", "hydra.run.dir=own")
+    assert with_data.returncode == 0, with_data.stderr
+    m = metrics(finished / "own")
+    assert m["victim"]["acc"] == metrics(finished / "one")["purified"]["acc"]
+    assert m["victim"]["asr"] is None
+    without = run(finished, *base, "data=unknown", *GAME, "hydra.run.dir=blind")
+    assert without.returncode == 0, without.stderr
+    assert metrics(finished / "blind")["purified"]["acc"] is None
+    assert (finished / "blind" / "purified.safetensors").exists()
+
+
+def test_clean_training_measures_accuracy_alone(finished: Path) -> None:
+    done = run(finished, *TINY, "attack=none", "defense=none", "hydra.run.dir=clean")
+    assert done.returncode == 0, done.stderr
+    m = metrics(finished / "clean")
+    assert m["victim"]["acc"] > 0.1
+    assert m["victim"]["asr"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "message"),
+    [
+        (["attack=badnet"], 2, "Could not find 'attack/badnet'"),
+        (["attack.poison=0.1"], 2, "attack.poison"),
+        (["attack.poison_rate=abc"], 2, "attack.poison_rate=abc"),
+        (["defense=finetune", "budget=none"], 2, "budget=none: FineTune needs clean images"),
+        (["attack.target_class=12"], 2, "attack.target_class=12: expected a class"),
+        (["data=cifar10", "paths.data=/nowhere"], 1, "set DHBE_DATA"),
+        (["victim=checkpoint", "victim.path=/nowhere.pt"], 1, "/nowhere.pt: no such file"),
+        (["hydra.run.dir=/proc/nowhere"], 1, "/proc/nowhere"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_mistakes_end_with_one_clear_message(
+    tmp_path: Path, overrides: list[str], status: int, message: str
+) -> None:
+    done = run(tmp_path, *overrides)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert not left, "nothing half-written stays behind"
+    assert "Traceback" in run(tmp_path, *overrides, HYDRA_FULL_ERROR="1").stderr
+
+
+def test_a_damaged_victim_is_named(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "victims", tmp_path / "victims")
+    for weights in (tmp_path / "victims").glob("*/victim.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-8])
+    done = run(tmp_path, *TINY, "defense=none")
+    assert done.returncode == 1
+    assert "truncated or edited" in done.stderr
+    assert "to train it anew" in done.stderr
+
+
+def test_the_embedded_quickstart_defaults() -> None:
+    """The default run is the documented one, and it needs no data root."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "DHBE_DATA"},
+    )
+    for line in ("name: cifar10_mini", "attacks.badnets.BadNets", "defenses.dhbe.DHBE"):
+        assert line in done.stdout

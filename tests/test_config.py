@@ -1,0 +1,110 @@
+"""Every config fits its component; every mistake is named before any work."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import CONF, names
+
+from dhbe.config import cell, plain, schema, validate
+from dhbe.errors import BudgetError, ConfigError
+from dhbe.pipeline import assemble
+from dhbe.training import Schedule
+
+GROUPS = ("model", "attack", "defense", "budget", "trainer", "logger")
+CHOICES = [(g, n) for g in GROUPS for n in names(g)]
+
+
+def test_the_number_of_configs_is_known() -> None:
+    assert len(CHOICES) == 17 + 2 + 12 + 8 + 1 + 3
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda x: x)
+def test_every_config_fits_its_component(group: str, name: str, compose_config) -> None:
+    extra = ["model.name=resnet10t"] if name == "timm" else []
+    validate(plain(compose_config(f"{group}={name}", *extra)))
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_experiment_assembles(name: str, compose_config) -> None:
+    parts = assemble(plain(compose_config(f"experiment={name}")))
+    assert parts.victim.epochs == 200
+    assert round(parts.attack.poison_rate * 50_000) == 300
+    assert parts.defense.epochs * parts.defense.iterations == 15_000
+
+
+def test_the_published_constants() -> None:
+    """specs: batch 256, 300 x 50 iterations, 5 moves, lambdas, rates."""
+    import yaml
+
+    dhbe = yaml.safe_load((CONF / "defense" / "dhbe.yaml").read_text())
+    assert (dhbe["batch_size"], dhbe["epochs"], dhbe["iterations"]) == (256, 300, 50)
+    assert dhbe["weights"] == {
+        "_target_": "dhbe.game.Weights",
+        "patch": 0.1,
+        "tv1": 0.0,
+        "tv2": 1e-4,
+    }
+    assert dhbe["rates"]["student"] == 0.1
+    assert dhbe["rates"]["milestones"] == [0.6, 0.8]
+    assert (dhbe["latent"], dhbe["patch_latent"], dhbe["patch_size"]) == (256, 256, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attack.poison_rate=abc", "attack.poison_rate=abc: Input should be a valid number"),
+        ("attack.poison_rate=1.5", "attack.poison_rate=1.5: Input should be less than or equal"),
+        ("defense.epochs=2.5", "defense.epochs=2.5: Input should be a valid integer"),
+        ("attack.pattern=star", "Input should be 'square', 'grid', 'tri1' or 'tri2'"),
+        ("+attack.ratio=0.1", r"attack.ratio=0.1: unknown; allowed are \[.*'poison_rate'"),
+        ("~attack.margin", "attack.margin: missing"),
+        ("seed=-1", "seed=-1: expected an integer, 0 or more"),
+        ("seed=zero", "seed=zero: expected an integer"),
+        ("defense.weights.patch=much", "defense.weights.patch=much: Input should be a valid number"),
+        ("attack._target_=attacks.wanet.Typo", "attack._target_=attacks.wanet.Typo: cannot be"),
+        ("victim=checkpoint", r"victim.path: required; set victim.path="),
+        ("attack.target_class=10", "attack.target_class=10: expected a class of the data set"),
+        ("attack.poison_rate=0.95", "attack.poison_rate=0.95: expected at most 0.9"),
+        ("attack.patch_size=40", "attack.patch_size=40"),
+        ("defense.patch_size=33", "defense.patch_size=33: expected at most"),
+    ],
+    ids=lambda x: x if "=" in x and " " not in x else "",
+)
+def test_mistakes_are_named(override: str, message: str, compose_config) -> None:
+    with pytest.raises(Exception, match=message) as error:
+        assemble(plain(compose_config(override)))
+    assert isinstance(error.value, ConfigError) or isinstance(error.value.__cause__, ConfigError)
+
+
+def test_all_mistakes_at_once(compose_config) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(plain(compose_config("attack.poison_rate=2", "defense.epochs=0", "seed=-3")))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_budget_too_small_is_a_config_error(compose_config) -> None:
+    with pytest.raises(BudgetError, match="budget=none: FineTune needs clean images"):
+        assemble(plain(compose_config("defense=finetune", "budget=none")))
+
+
+def test_defense_brings_its_own_budget_and_victims_their_network(compose_config) -> None:
+    assert compose_config("defense=finetune").budget.name == "pct5"
+    assert compose_config("defense=finetune", "budget=pct1").budget.name == "pct1"
+    assert compose_config("victim=dhbe").model.depth == 18
+    assert compose_config("victim=dhbe", "model=wrn_16_1").model.depth == 16
+
+
+def test_cells_differ_by_what_matters(compose_config) -> None:
+    def name(*overrides: str) -> str:
+        return cell(plain(compose_config(*overrides)))
+
+    assert name() == name()
+    assert name() != name("seed=1")
+    assert name() != name("defense.rates.student=0.5")
+    assert name() == name("paths.data=/elsewhere", "trainer.progress=never", "force=true")
+
+
+def test_schema_reads_annotations() -> None:
+    parameters = schema(Schedule)
+    assert parameters["epochs"].required
+    assert set(parameters) >= {"epochs", "batch_size", "learning_rate", "schedule"}

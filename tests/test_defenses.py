@@ -1,0 +1,229 @@
+"""The defense contract over every defense config, and each method's mathematics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import CONF, make_spec, names
+from hydra.utils import instantiate
+from torch import nn
+
+from defenses.clp import CLP, channel_lipschitz
+from defenses.finetune import FineTune
+from dhbe.config import plain
+from dhbe.data import Budget, DefenderData, Resident
+from dhbe.defense import Defense
+from dhbe.errors import ArtefactError, BudgetError, ConfigError
+from dhbe.models import Normalized
+from dhbe.models.dataflow import conv_bn_pairs
+from dhbe.models.other import vgg19_bn
+from dhbe.models.preact import PreActResNet18, WideResNet
+from dhbe.models.resnet import SmallResNet, resnet
+from dhbe.training import Schedule
+from dhbe.types import Suspect
+
+DEFENSES = names("defense")
+SHORT = {
+    "epochs": 2,
+    "iterations": 1,
+    "batch_size": 4,
+    "latent": 4,
+    "width": 2,
+    "patch_latent": 4,
+    "patch_width": 2,
+}
+"""Shrinks the game for tests."""
+
+
+def build(name: str, compose_config) -> Defense:
+    node = plain(compose_config(f"defense={name}"))["defense"]
+    if "student_moves" in node:
+        node |= SHORT
+    if "schedule" in node:
+        node["schedule"]["epochs"] = 2
+    return instantiate(node, _convert_="all")
+
+
+def suspect(seed: int = 0, **changes) -> Suspect:
+    spec = make_spec(**changes)
+    torch.manual_seed(seed)
+    network = SmallResNet(
+        widths=[4, 8],
+        blocks=1,
+        stem_stride=2,
+        classes=spec.classes,
+        channels=spec.channels,
+        image_size=spec.image_size,
+    )
+    wrapped = Normalized(network, spec)
+    wrapped(torch.rand(32, *spec.shape))  # statistics of something
+    return Suspect(network=wrapped.eval(), architecture="tiny", spec=spec)
+
+
+class Forbidden(DefenderData):
+    """Raises on every look at data."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
+    def _never(self, *args, **kwargs):
+        raise AssertionError("a data-free defense asked for data")
+
+    clean = validation = poisoned = incoming = _never
+
+
+def granted(images: Resident, **budget) -> DefenderData:
+    return DefenderData(Budget(name="test", **budget), pool=images, train_size=400, seed=0)
+
+
+def test_all_defenses_are_listed() -> None:
+    files = {p.stem for p in (CONF.parent / "defenses").glob("[a-z]*.py")}
+    assert files == {"none", "dhbe", "clp", "finetune"}
+    assert len(DEFENSES) == 12
+    assert files <= set(DEFENSES)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_contract(name: str, compose_config, images: Resident, make_runtime) -> None:
+    defense, victim = build(name, compose_config), suspect()
+    before = copy.deepcopy(victim.network.state_dict())
+    free = not (defense.needs.clean or defense.needs.poisoned)
+    results = []
+    for work in ("a", "b"):
+        data = Forbidden(Budget(name="none")) if free else granted(images, fraction=0.1)
+        runtime = make_runtime(work=work)
+        results.append(defense(victim, data, runtime))
+    for key, value in victim.network.state_dict().items():
+        assert torch.equal(value, before[key]), f"the suspect's {key} changed"
+    x = torch.rand(3, *victim.spec.shape)
+    first, second = (r(x) for r in results)
+    assert first.shape == (3, victim.spec.classes)
+    assert torch.equal(first, second), "deterministic under a seed"
+    assert not results[0].training
+    assert results[0].state_dict().keys() == before.keys()
+    assert results[0] is not victim.network
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_nan_weights_are_refused(name: str, compose_config, images, make_runtime) -> None:
+    victim = suspect()
+    next(victim.network.parameters()).data[0] = float("nan")
+    with pytest.raises(ArtefactError, match="NaN"):
+        build(name, compose_config)(victim, granted(images, fraction=0.1), make_runtime())
+
+
+def test_budget_below_the_needs_is_refused_before_work(compose_config) -> None:
+    defense = build("finetune", compose_config)
+    with pytest.raises(BudgetError, match=r"budget=none: FineTune needs clean images; set budget=pct1"):
+        defense.check(Budget(name="none"))
+
+
+def test_defender_gets_what_is_granted_and_no_more(images: Resident) -> None:
+    data = granted(images, fraction=0.1)
+    assert len(data.clean()) == 40
+    assert data.clean().labels.bincount().tolist() == [10] * 4
+    fit, held = data.clean(hold_out_validation=True), data.validation()
+    assert (len(fit), len(held)) == (32, 8)
+    rows = {tuple(x.flatten()[:50].tolist()) for x in fit.resident().images}
+    assert not rows & {tuple(x.flatten()[:50].tolist()) for x in held.resident().images}
+    one = granted(images, per_class=1)
+    assert one.clean().labels.tolist() == [0, 1, 2, 3]
+    with pytest.raises(BudgetError, match="grants no poisoned training set"):
+        data.poisoned()
+    with pytest.raises(BudgetError, match="grants no incoming images"):
+        data.incoming()
+    with pytest.raises(BudgetError, match="grants no clean images"):
+        granted(images).clean()
+    with pytest.raises(BudgetError, match=r"200 clean images, but the defender's pool holds 80"):
+        granted(images, fraction=0.5)
+    with pytest.raises(BudgetError, match="holds 20 of the rarest class"):
+        granted(images, per_class=21)
+
+
+def test_defender_data_has_no_door_to_the_test_set() -> None:
+    public = {n for n in dir(DefenderData) if not n.startswith("_")}
+    assert public == {"clean", "validation", "poisoned", "incoming"}
+
+
+def test_channel_lipschitz_by_singular_values() -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+    norm.weight.data.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    found = channel_lipschitz(conv, norm)
+    for k in range(5):
+        singular = torch.linalg.svdvals(conv.weight[k].reshape(3, 9))[0]
+        scale = norm.weight[k].abs() / (norm.running_var[k] + norm.eps).sqrt()
+        assert float(found[k]) == pytest.approx(float(singular * scale), rel=1e-5)
+
+
+def test_clp_prunes_the_channel_that_stands_out(make_runtime) -> None:
+    victim = suspect()
+    block = victim.network.network.stages[1][0]
+    block.conv1.weight.data[3] *= 100
+    purified = CLP(u=2.0)(victim, Forbidden(Budget(name="none")), make_runtime())
+    norm = purified.network.stages[1][0].bn1
+    assert norm.weight[3] == 0
+    assert norm.bias[3] == 0
+    assert (norm.weight == 0).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "pairs"),
+    [
+        (resnet(depth=18, stem="cifar", classes=4, channels=3, image_size=32), 20),
+        (PreActResNet18(classes=4, channels=3, image_size=32), 9),
+        (WideResNet(depth=16, widen=1, classes=4, channels=3, image_size=32), 7),
+        (vgg19_bn(classes=4, channels=3, image_size=32), 16),
+    ],
+    ids=["resnet18", "preact_resnet18", "wrn_16_1", "vgg19_bn"],
+)
+def test_pairs_follow_the_data(network: nn.Module, pairs: int) -> None:
+    """A convolution and the BatchNorm behind it, never one behind a sum.
+
+    Pre-activation: conv1 -> bn2 of each block, and the stem -> first bn1.
+    """
+    found = conv_bn_pairs(network.eval(), torch.zeros(1, 3, 32, 32))
+    assert len(found) == pairs
+    for conv, norm in found:
+        assert conv.out_channels == norm.num_features
+    names = {m: n for n, m in network.named_modules()}
+    if isinstance(network, PreActResNet18):
+        inner = [(names[c], names[n]) for c, n in found[1:]]
+        assert all(c.endswith("conv1") and n.endswith("bn2") for c, n in inner)
+
+
+def test_clp_refuses_a_network_without_batchnorm(make_runtime) -> None:
+    spec = make_spec()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    victim = Suspect(network=Normalized(network, spec), architecture="linear", spec=spec)
+    with pytest.raises(ConfigError, match="use defense=dhbe"):
+        CLP(u=3.0)(victim, Forbidden(Budget(name="none")), make_runtime())
+
+
+def test_dhbe_refuses_sizes_it_cannot_play(compose_config) -> None:
+    defense = build("dhbe", compose_config)
+    with pytest.raises(ConfigError, match="data.image_size=30"):
+        defense.fits(make_spec(image_size=30))
+    node = plain(compose_config("defense=dhbe", "defense.patch_size=40"))["defense"]
+    with pytest.raises(ConfigError, match="defense.patch_size=40: expected at most"):
+        instantiate(node, _convert_="all").fits(make_spec(image_size=32))
+
+
+def test_finetune_changes_weights_within_its_budget(images, make_runtime) -> None:
+    schedule = Schedule(
+        epochs=2,
+        batch_size=256,
+        learning_rate=0.05,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=0.0,
+        schedule="cosine",
+        milestones=[],
+        decay=1.0,
+    )
+    victim = suspect()
+    purified = FineTune(schedule=schedule)(victim, granted(images, fraction=0.1), make_runtime())
+    assert not torch.equal(purified.network.head.weight, victim.network.network.head.weight)

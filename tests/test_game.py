@@ -1,0 +1,337 @@
+"""The game against a literal transcription, hand-derived values, and its own rules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from benchmarks.literal import literal_copy
+from dhbe.errors import DivergenceError
+from dhbe.game import (
+    Distillation,
+    ImageGenerator,
+    Noise,
+    Rates,
+    ScriptedNoise,
+    SeededNoise,
+    TriggerNetwork,
+    Weights,
+    add_patches,
+)
+from dhbe.losses import total_variation_l1, total_variation_l2
+from dhbe.models.preact import WideResNet
+
+CPU = torch.device("cpu")
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64).view(1, 3, 1, 1)
+STD = torch.tensor([0.2023, 0.1994, 0.2010], dtype=torch.float64).view(1, 3, 1, 1)
+BATCH, LATENT = 4, 8
+
+
+def players(dtype: torch.dtype = torch.float64, size: int = 16):
+    torch.manual_seed(0)
+    network = WideResNet(depth=10, widen=1, classes=5, channels=3, image_size=size)
+    generator = ImageGenerator(latent=LATENT, width=4, channels=3, image_size=size)
+    trigger = TriggerNetwork(latent=LATENT, width=4, channels=3, patch_size=3)
+    return [m.to(dtype) for m in (network, generator, trigger)]
+
+
+def make_game(
+    network: nn.Module,
+    generator: ImageGenerator,
+    trigger: TriggerNetwork | None,
+    noise: Noise,
+    *,
+    epochs: int = 1,
+    student: float = 0.1,
+    moves: int = 5,
+    tv1: float = 0.0,
+) -> Distillation:
+    return Distillation(
+        network,
+        std=STD.to(next(network.parameters()).dtype),
+        generator=copy.deepcopy(generator),
+        trigger_network=copy.deepcopy(trigger),
+        noise=noise,
+        weights=Weights(patch=0.1, tv1=tv1, tv2=1e-4),
+        rates=Rates(
+            student=student,
+            generator=1e-3,
+            trigger_network=1e-3,
+            momentum=0.9,
+            weight_decay=5e-4,
+            milestones=(0.6, 0.8),
+            decay=0.1,
+        ),
+        batch_size=BATCH,
+        student_moves=moves,
+        epochs=epochs,
+    )
+
+
+def play(game: Distillation, *, iterations: int, epochs: int = 1, **options) -> pl.Trainer:
+    settings = {"enable_checkpointing": False, "precision": "64-true"} | options
+    checkpoint = settings.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(game, range(iterations), ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def script(seed: int, draws: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    rng = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(BATCH, LATENT, generator=rng).double() for _ in range(2 * draws)]
+    places = [tuple(torch.randint(14, (2,), generator=rng).tolist()) for _ in range(draws)]
+    return latents, places
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=tolerance, msg=lambda m: key + m)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_two_iterations_equal_the_literal_loop(channels_last: bool) -> None:
+    network, generator, trigger = players()
+    latents, places = script(1, 50)
+    literal = literal_copy(
+        network,
+        generator,
+        trigger,
+        mean=MEAN,
+        std=STD,
+        noise=ScriptedNoise(latents, places),
+        batch_size=BATCH,
+    )
+    game = make_game(network, generator, trigger, ScriptedNoise(latents, places))
+    if channels_last:
+        game = game.to(memory_format=torch.channels_last)
+    for _ in range(2):
+        last = literal.iterate()
+    trainer = play(game, iterations=2)
+    assert_same(game.student, literal.student, 1e-10)
+    assert_same(game.generator, literal.generator, 1e-10)
+    assert_same(game.trigger_network, literal.trigger_network, 1e-10)
+    assert_same(game.teacher, network, 0)
+    assert last["trigger"] < 0
+    assert {"student/distill", "generator/gap"} <= trainer.callback_metrics.keys()
+
+
+def test_logged_losses_are_those_of_the_literal_loop() -> None:
+    network, generator, trigger = players()
+    latents, places = script(2, 10)
+    literal = literal_copy(
+        network,
+        generator,
+        trigger,
+        mean=MEAN,
+        std=STD,
+        noise=ScriptedNoise(latents, places),
+        batch_size=BATCH,
+    )
+    literal.student_moves = 1
+    game = make_game(network, generator, trigger, ScriptedNoise(latents, places), moves=1)
+    expected = literal.iterate()
+    found = {k: float(v) for k, v in play(game, iterations=1).callback_metrics.items()}
+    student = found["student/distill"] + 0.1 * found["student/patch"]
+    assert student == pytest.approx(expected["student"], abs=1e-6)
+    assert -found["trigger/change"] == pytest.approx(expected["trigger"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [(32, 2_329_091), (64, 2_476_931)], ids=["32", "64"]
+)
+def test_generator_has_the_published_size(size: int, parameters: int) -> None:
+    generator = ImageGenerator(latent=256, width=64, channels=3, image_size=size)
+    assert sum(p.numel() for p in generator.parameters()) == parameters
+    assert generator(torch.randn(2, 256)).shape == (2, 3, size, size)
+
+
+def test_trigger_network_has_the_published_size() -> None:
+    network = TriggerNetwork(latent=256, width=64, channels=3, patch_size=5)
+    assert sum(p.numel() for p in network.parameters()) == 413_059
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 8, 28, 32, 40, 96, 224, 256])
+def test_generator_sizes(size: int) -> None:
+    generator = ImageGenerator(latent=4, width=2, channels=1, image_size=size)
+    images = generator(torch.randn(8, 4))
+    assert images.shape == (8, 1, size, size)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.var((0, 2, 3)), torch.ones(1), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 6, 7, 8, 9, 10, 12, 18, 40])
+def test_patch_sizes_and_range(size: int) -> None:
+    network = TriggerNetwork(latent=4, width=2, channels=3, patch_size=size)
+    patches = network(torch.randn(8, 4))
+    assert patches.shape == (8, 3, size, size)
+    assert patches.abs().max() < 1
+
+
+@pytest.mark.parametrize("size", [30, 33, 100])
+def test_impossible_sizes_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=str(size)):
+        ImageGenerator(latent=4, width=2, channels=3, image_size=size)
+
+
+def test_total_variation_by_loops() -> None:
+    x = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+    l1 = l2 = 0.0
+    for dy, dx in ((0, 1), (1, 0), (-1, 1), (1, 1)):
+        differences = [
+            float(x[b, 0, i, j] - x[b, 0, i + dy, j + dx])
+            for b in range(2)
+            for i in range(3)
+            for j in range(4)
+            if 0 <= i + dy < 3 and j + dx < 4
+        ]
+        l1 += sum(map(abs, differences)) / len(differences)
+        l2 += sum(d * d for d in differences) ** 0.5
+    assert float(total_variation_l1(x)) == pytest.approx(l1)
+    assert float(total_variation_l2(x)) == pytest.approx(l2)
+    assert float(total_variation_l1(x + 3)) == pytest.approx(l1)
+
+
+def test_patches_change_only_their_place_by_pixel_units() -> None:
+    x, patches = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 3, 3)
+    out = add_patches(x, patches, STD.float(), left=5, top=2)
+    assert out[:, :, 2:5, 5:8].sub(1 / STD.float()).abs().max() < 1e-6
+    out[:, :, 2:5, 5:8] = 0
+    assert out.abs().max() == 0
+    assert x.abs().max() == 0
+
+
+def moved(game: Distillation, move: Callable[[], None]) -> dict[str, tuple[bool, bool]]:
+    """Per player: (some weight changed, some buffer changed)."""
+    names = ("student", "teacher", "generator", "trigger_network")
+    before = {n: copy.deepcopy(getattr(game, n).state_dict()) for n in names}
+    weights = {n: dict(getattr(game, n).named_parameters()).keys() for n in names}
+    move()
+    found = {}
+    for n in names:
+        after = getattr(game, n).state_dict()
+        changed = {k for k in after if not torch.equal(after[k], before[n][k])}
+        found[n] = (bool(changed & weights[n]), bool(changed - weights[n]))
+    return found
+
+
+class OneMove(pl.Callback):
+    """Runs the three moves one by one inside a trainer and notes what each of them moved."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, tuple[bool, bool]]] = {}
+
+    def on_train_batch_start(self, trainer, game, batch, batch_idx) -> None:
+        student, generator, trigger = game.optimizers()
+        self.found["student"] = moved(game, lambda: game._student_move(student))
+        self.found["generator"] = moved(game, lambda: game._generator_move(generator))
+        self.found["trigger"] = moved(game, lambda: game._trigger_move(trigger))
+
+
+def test_each_move_moves_one_player_and_the_right_statistics() -> None:
+    game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64))
+    watcher = OneMove()
+    play(game, iterations=1, callbacks=[watcher])
+    # (weights, BatchNorm statistics): S, G and P train throughout, T never.
+    assert watcher.found["student"] == {
+        "student": (True, True),
+        "teacher": (False, False),
+        "generator": (False, True),
+        "trigger_network": (False, True),
+    }
+    assert watcher.found["generator"] == {
+        "student": (False, True),
+        "teacher": (False, False),
+        "generator": (True, True),
+        "trigger_network": (False, False),
+    }
+    assert watcher.found["trigger"] == {
+        "student": (False, True),
+        "teacher": (False, False),
+        "generator": (False, True),
+        "trigger_network": (True, True),
+    }
+
+
+def test_thirteen_student_statistics_updates_per_iteration_and_no_stray_gradients() -> None:
+    game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64))
+    play(game, iterations=1)
+    counts = {int(b) for n, b in game.student.named_buffers() if n.endswith("num_batches_tracked")}
+    assert counts == {13}
+    assert all(p.grad is None for p in game.teacher.parameters())
+
+
+def test_control_without_trigger_network() -> None:
+    network, generator, _ = players()
+    game = make_game(network, generator, None, SeededNoise(0, device=CPU, dtype=torch.float64))
+    trainer = play(game, iterations=1)
+    assert trainer.global_step == 6
+    assert "trigger/change" not in trainer.callback_metrics
+
+
+def test_milestones_are_fractions_of_the_epochs() -> None:
+    noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+    game = make_game(*players(), noise, epochs=10, moves=1)
+    rates: list[float] = []
+
+    class Rate(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            rates.append(pl_module.optimizers()[0].param_groups[0]["lr"])
+
+    play(game, iterations=1, epochs=10, callbacks=[Rate()])
+    assert rates == pytest.approx([0.1] * 6 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_bf16_moves_still_learn_with_fresh_weights() -> None:
+    """Autocast's weight cache must not leak stale or gradient-free copies from move to move."""
+    network, generator, trigger = players(torch.float32)
+    latents, places = script(3, 20)
+    latents = [z.float() for z in latents]
+    results = []
+    for precision in ("32-true", "bf16-mixed"):
+        game = make_game(network, generator, trigger, ScriptedNoise(latents, places), student=0.01)
+        play(game, iterations=2, precision=precision)
+        results.append(game)
+    full, half = results
+    for name in ("student", "generator", "trigger_network"):
+        start = dict(zip(("student", "generator", "trigger_network"), players(torch.float32)))[name]
+        steps = [
+            torch.cat(
+                [(a - b).flatten() for a, b in zip(getattr(g, name).parameters(), start.parameters())]
+            )
+            for g in (full, half)
+        ]
+        assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.7, name
+
+
+def test_divergence_keeps_the_last_good_student(caplog) -> None:
+    game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64), epochs=4, moves=1)
+
+    class Poison(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            if trainer.current_epoch == 2:
+                next(pl_module.student.parameters()).data.fill_(float("nan"))
+
+    play(game, iterations=1, epochs=4, callbacks=[Poison()])
+    assert game.diverged_at == 2
+    assert all(p.isfinite().all() for p in game.student.parameters())
+    assert "diverged in epoch 2" in caplog.text
+
+
+def test_divergence_at_once_is_an_error() -> None:
+    game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64), student=1e300)
+    with pytest.raises(DivergenceError, match="lower defense.rates.student"):
+        play(game, iterations=2)

@@ -1,0 +1,181 @@
+"""Victims: stored once, keyed by everything that made them, checked when read; training resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import make_spec
+from safetensors.torch import save_file
+from test_attacks import badnets
+from test_defenses import suspect
+
+from dhbe import checkpoint
+from dhbe.data import Resident, TrainingBatches
+from dhbe.errors import ArtefactError, DivergenceError
+from dhbe.training import Schedule, Supervised
+from dhbe.victim import VictimStore, train
+
+
+def schedule(epochs: int = 2, **changes) -> Schedule:
+    known = {
+        "batch_size": 16,
+        "learning_rate": 0.05,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "schedule": "onecycle",
+        "milestones": [],
+        "decay": 0.1,
+    }
+    return Schedule(epochs=epochs, **(known | changes))
+
+
+class Store:
+    """A store and the means to ask it for a victim."""
+
+    def __init__(self, root: Path, images: Resident, make_runtime) -> None:
+        self.store, self.images, self.make_runtime = VictimStore(root), images, make_runtime
+        self.trained = 0
+
+    def obtain(self, recipe: dict):
+        network, attack = suspect(recipe["seed"]).network, badnets(make_spec())
+
+        def make(work: Path):
+            self.trained += 1
+            runtime = self.make_runtime(recipe["seed"], work=str(work))
+            codes = train(network, attack, self.images, schedule(), runtime)
+            return codes, runtime.recorder.rows
+
+        return self.store.obtain(recipe, network, attack, make)
+
+
+@pytest.fixture
+def store(tmp_path: Path, images: Resident, make_runtime) -> Store:
+    return Store(tmp_path / "victims", images, make_runtime)
+
+
+def test_trained_once_and_read_back_whole(store: Store) -> None:
+    first, again = store.obtain({"seed": 0}), store.obtain({"seed": 0})
+    assert store.trained == 1
+    assert (first.cached, again.cached) == (False, True)
+    for key, value in first.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    assert torch.equal(first.attack.patch, again.attack.patch)
+    assert torch.equal(first.codes, again.codes)
+    assert [r["victim/loss"] for r in again.curves] == [r["victim/loss"] for r in first.curves]
+    store.obtain({"seed": 1})
+    assert store.trained == 2
+    assert not list(store.store.root.glob("*.tmp")) + list(store.store.root.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "edit recipe", "no json"])
+def test_damage_is_detected_and_named(store: Store, damage: str) -> None:
+    store.obtain({"seed": 0})
+    (folder,) = (p for p in store.store.root.iterdir() if p.is_dir())
+    weights, about = folder / "victim.safetensors", folder / "victim.json"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    if damage == "flip":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    if damage == "edit recipe":
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"recipe": {"seed": 9}}))
+    if damage == "no json":
+        about.unlink()
+    with pytest.raises(ArtefactError, match=f"delete {folder} to train it anew"):
+        store.obtain({"seed": 0})
+
+
+class StopAfter(pl.Callback):
+    """Ends training the hard way after some epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == self.epochs:
+            raise InterruptedError
+
+
+def test_killed_training_resumes_to_the_same_weights(images: Resident, make_runtime) -> None:
+    def fit(work: str, stop: int | None) -> dict[str, torch.Tensor]:
+        network = suspect(0).network
+        batches = TrainingBatches(
+            images, spec=make_spec(), batch_size=16, seed=0, device=torch.device("cpu")
+        )
+        module = Supervised(network, batches, schedule(4), role="victim")
+        callbacks = [] if stop is None else [StopAfter(stop)]
+        make_runtime(work=work).fit(module, batches, epochs=4, callbacks=callbacks)
+        return network.state_dict()
+
+    whole = fit("whole", None)
+    with pytest.raises(InterruptedError):
+        fit("killed", 2)
+    resumed = fit("killed", None)
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+def test_diverged_training_stops(images: Resident, make_runtime) -> None:
+    batches = TrainingBatches(
+        images, spec=make_spec(), batch_size=16, seed=0, device=torch.device("cpu")
+    )
+    plan = schedule(2, learning_rate=1e30)
+    module = Supervised(suspect().network, batches, plan, role="victim")
+    with pytest.raises(DivergenceError, match="lower the learning rate"):
+        make_runtime().fit(module, batches, epochs=2)
+
+
+def test_schedules_are_fractions_of_the_budget() -> None:
+    steps = schedule(schedule="multistep", milestones=[0.5, 0.8])
+    assert [steps.factor(p) for p in (0, 0.49, 0.5, 0.9)] == pytest.approx([1, 1, 0.1, 0.01])
+    cosine = schedule(schedule="cosine")
+    assert [cosine.factor(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    cycle = schedule()
+    assert [cycle.factor(p) for p in (0, 0.2, 0.6, 1)] == pytest.approx([0, 1, 0.5, 0])
+
+
+def test_checkpoints_of_others(tmp_path: Path) -> None:
+    source, target = suspect(1).network, suspect(2).network
+    inner = source.network.state_dict()
+    files = {
+        "plain.pt": inner,
+        "nested.pth": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in inner.items()}},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    save_file(source.state_dict(), tmp_path / "own.safetensors")
+    x = torch.rand(2, *source.spec.shape)
+    for name in (*files, "own.safetensors"):
+        target = suspect(2).network
+        checkpoint.CheckpointFile(path=str(tmp_path / name)).load_into(target)
+        assert torch.equal(target(x), source(x)), name
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_hostile_and_broken_checkpoints_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, "bad.pt")
+    Path("noise.pt").write_bytes(b"not a checkpoint")
+    Path("noise.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    torch.save({"a": torch.zeros(2), "head.weight": torch.zeros(1)}, "other.pt")
+    network = suspect().network
+    for name, message in {
+        "bad.pt": "nothing in it was executed",
+        "noise.pt": "not a safetensors file or a plain state dict",
+        "noise.safetensors": "not a safetensors file",
+        "other.pt": r"do not fit the network \(.*choose the right model= and data=",
+        "absent.pt": "no such file",
+    }.items():
+        with pytest.raises(ArtefactError, match=message):
+            checkpoint.CheckpointFile(path=name).load_into(network)
+    assert not Path("executed").exists()
