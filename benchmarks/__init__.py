@@ -1,0 +1,1 @@
+"""Speed and size, measured against named baselines; run with ``python -m benchmarks.NAME``."""

@@ -62,9 +62,7 @@ class LiteralGame:
             x = self.generator(self.noise.latent(self.batch_size, self.latent)).detach()
             x_patched = self.patched(x).detach()
             t, s, s_patched = self.teacher(x), self.student(x), self.student(x_patched)
-            loss_s = F.l1_loss(s, t.detach()) + self.weight_patch * F.l1_loss(
-                s_patched, s.detach()
-            )
+            loss_s = F.l1_loss(s, t.detach()) + self.weight_patch * F.l1_loss(s_patched, s.detach())
             loss_s.backward()
             self.student_sgd.step()
 

@@ -29,6 +29,7 @@ from dhbe.metrics import Predictions
 from dhbe.models import Normalized
 from dhbe.report.console import show
 from dhbe.report.page import write_page
+from dhbe.report.picture import write_overview
 from dhbe.results import Clock, ResultFolder
 from dhbe.rng import fork
 from dhbe.runtime import Recorder, Runtime, TrainerConfig
@@ -161,6 +162,7 @@ def compute(
     store(work, tree, purified, evaluator, made, runtime, (before, after))
     (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
     write_page(work)
+    write_overview(work)
     result.publish()
     show(metrics, result.path)
     return metrics

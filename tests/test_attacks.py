@@ -57,9 +57,7 @@ def test_all_attacks_are_listed() -> None:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize(
-    ("size", "channels"), [(28, 1), (32, 3), (64, 3), (224, 3)], ids=str
-)
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 3), (224, 3)], ids=str)
 def test_contract(name: str, size: int, channels: int, compose_config) -> None:
     spec = make_spec(image_size=size, channels=channels)
     attack = build(name, compose_config, spec).eval()

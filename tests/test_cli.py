@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a real run on tiny settings, and everything that goes wrong."""
+"""The command line as a user meets it: real runs on tiny settings, and all that goes wrong."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_page_stands_alone(finished: Path) -> None:
     page = (finished / "one" / "report.html").read_text()
     assert "attack success rate" in page
     assert page.count("data:image/png;base64") > 20
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "<script" not in page
 
 

