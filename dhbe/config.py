@@ -39,10 +39,15 @@ class Parameter:
 def schema(component: Any) -> dict[str, Parameter]:
     """Parameters of a class or function; ``**options: Unpack[TypedDict]`` is expanded."""
     function = component.__init__ if inspect.isclass(component) else component
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError:  # a library whose annotations exist for type checkers only
+        hints = {}
     found: dict[str, Parameter] = {}
     for name, p in inspect.signature(component).parameters.items():
         if p.kind is inspect.Parameter.VAR_KEYWORD:
+            if not get_args(hints.get(name)):
+                continue
             (options,) = get_args(hints[name])
             for key, annotation in get_type_hints(options, include_extras=True).items():
                 found[key] = Parameter(annotation=annotation, required=True)
