@@ -31,15 +31,17 @@ GAME = (
 )
 
 
-def run(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *overrides: str, victims: str = "victims", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """``python run.py`` from another folder, as a child process."""
     return subprocess.run(
         [
             sys.executable,
             str(ROOT / "run.py"),
-            f"paths.victims={folder}/victims",
-            f"paths.results={folder}/results",
             *overrides,
+            f"paths.victims={folder}/{victims}",
+            f"paths.results={folder}/results",
         ],
         cwd=folder,
         env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
@@ -114,7 +116,7 @@ def test_the_victim_is_shared_and_the_same_run_is_reused(finished: Path) -> None
 
 
 def test_same_config_same_numbers(finished: Path) -> None:
-    again = run(finished, *TINY, *GAME, "hydra.run.dir=same", f"paths.victims={finished}/fresh")
+    again = run(finished, *TINY, *GAME, "hydra.run.dir=same", victims="fresh")
     assert again.returncode == 0, again.stderr
     for key in ("victim", "purified", "counts"):
         assert metrics(finished / "same")[key] == metrics(finished / "one")[key]

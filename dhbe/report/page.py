@@ -71,7 +71,7 @@ def _examples(folder: Path) -> list[dict[str, Any]]:
     examples = []
     for i, position in enumerate(found["index"]):
         clean = found["clean"][i]
-        example: dict[str, Any] = {"label": int(predictions["labels"][position])}
+        example: dict[str, Any] = {"label": int(predictions["labels"][position]), "goal": None}
         example["clean"] = {"url": _png(clean)}
         for role in ROLES:
             example["clean"][role] = int(predictions[f"{role}_clean"][position])
