@@ -41,6 +41,11 @@ def guarded(main: Callable[[], Any]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # Hydra makes the output folder before the pipeline starts
+        if wants_traceback:
+            raise
+        print(f"error: {error}; choose a writable hydra.run.dir", file=sys.stderr)
+        sys.exit(1)
     except (DHBEError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise

@@ -184,7 +184,11 @@ def test_mistakes_end_with_one_clear_message(
     assert "Traceback" not in done.stderr
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
     assert not left, "nothing half-written stays behind"
-    assert "Traceback" in run(tmp_path, *overrides, HYDRA_FULL_ERROR="1").stderr
+
+
+def test_the_traceback_is_there_when_asked_for(tmp_path: Path) -> None:
+    done = run(tmp_path, "attack.target_class=12", HYDRA_FULL_ERROR="1")
+    assert "Traceback" in done.stderr
 
 
 def test_a_damaged_victim_is_named(finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_spec
+import yaml
+from conftest import ROOT
 from test_cli import GAME, TINY
 
-from dhbe.models import Normalized
+from dhbe.config import plain
 from dhbe.models.resnet import SmallResNet
+from dhbe.pipeline import assemble
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 LINES = [
@@ -24,14 +27,18 @@ LINES = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-RUNS = [line for line in LINES if line.startswith(("python run.py", "dhbe "))]
-OTHERS = [line for line in LINES if line not in RUNS]
+SWEEPS = [line for line in LINES if "+sweep=" in line]
+RUNS = [line for line in LINES if line.startswith("python run.py") and line not in SWEEPS]
+OTHERS = [line for line in LINES if line not in RUNS + SWEEPS]
+REAL = ("data=cifar10", "data=gtsrb", "experiment=")
 CHECKED_ELSEWHERE = ("make demo", "make test", 'pip install -e ".[dev]"', "pip install .", "pytest")
 """``.ci/run`` calls them or what they consist of."""
 
 
 def test_every_command_is_known() -> None:
     assert len(RUNS) >= 8
+    for sweep in SWEEPS:
+        assert (ROOT / "sweeps" / f"{sweep.split('+sweep=')[1]}.yaml").exists()
     for line in OTHERS:
         assert line in CHECKED_ELSEWHERE or line.startswith(("python -m dhbe.report", "export ")), (
             line
@@ -44,24 +51,20 @@ def test_every_command_is_known() -> None:
 @pytest.mark.parametrize("line", RUNS)
 def test_command_runs(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)[2:] if line.startswith("python") else shlex.split(line)[1:]
-    real = any(w.startswith(("data=cifar10", "data=gtsrb", "experiment=")) for w in words)
-    if real and "DHBE_DATA" not in os.environ:
+    if "DHBE_DATA" not in os.environ and any(w.startswith(REAL) for w in words):
         pytest.skip("set DHBE_DATA to run this command on real data")
     network = SmallResNet(
         widths=[8, 16], blocks=1, stem_stride=2, classes=10, channels=3, image_size=32
     )
-    suspicious = Normalized(network, make_spec(image_size=32, classes=10))
-    torch.save(suspicious.network.state_dict(), tmp_path / "suspicious.pt")
-    shrunk = [*TINY[:1], "data.train_size=0", *TINY[2:]]
-    if "checkpoint" in line:
-        shrunk.remove("victim.epochs=2")
-    game = not any(w.startswith("defense=") and "dhbe" not in w for w in words)
-    swept = ("defense=" in line and "," in line) or "sweep" in line
-    if swept:
-        shrunk += ["+hydra.sweeper.params.defense=clp,none", "hydra.sweeper.params.seed=0"]
-    extra = [*shrunk, *(GAME if game and not swept else ())]
-    if any(w.startswith("model=") for w in words) or "victim=cpu" in line or "experiment" in line:
-        extra = [e for e in extra if not e.startswith("model.widths")] + ["model=resnet_tiny"]
+    torch.save(network.state_dict(), tmp_path / "suspicious.pt")
+    extra = ["data.limit=300", "data.train_size=0", *TINY[2:]]
+    if "victim=checkpoint" in words:
+        extra.remove("victim.epochs=2")
+    if any(w.startswith(("victim=cpu", "experiment=")) for w in words):
+        extra = ["model=resnet_tiny", *extra]
+    chosen = [w for w in words if w.startswith("defense=")] or ["defense=dhbe"]
+    if chosen[0].startswith(("defense=dhbe", "defense=dfad")):
+        extra += GAME
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *words, *extra],
         cwd=tmp_path,
@@ -72,3 +75,14 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
+def test_every_cell_of_every_sweep_assembles(name: str, compose_config) -> None:
+    file = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+    parameters = {k: str(v).split(",") for k, v in file["hydra"]["sweeper"]["params"].items()}
+    cells = list(itertools.product(*parameters.values()))
+    assert len(cells) > 5
+    for values in cells:
+        overrides = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
+        assemble(plain(compose_config(*overrides)))
