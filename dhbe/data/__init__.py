@@ -1,0 +1,19 @@
+"""Data: sources, splits, the defender's budgeted access, training batches."""
+
+from dhbe.data.access import Budget, DefenderData
+from dhbe.data.images import ImageSet, Resident, Streamed
+from dhbe.data.loader import TrainingBatches, augment, to_float
+from dhbe.data.splits import Data, Splits
+
+__all__ = [
+    "Budget",
+    "Data",
+    "DefenderData",
+    "ImageSet",
+    "Resident",
+    "Splits",
+    "Streamed",
+    "TrainingBatches",
+    "augment",
+    "to_float",
+]

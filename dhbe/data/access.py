@@ -1,0 +1,145 @@
+"""The defender's door to data: what the budget grants, and an error for everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from dhbe.data.images import ImageSet, Resident
+from dhbe.data.splits import proportional
+from dhbe.errors import BudgetError
+from dhbe.rng import generator
+
+VALIDATION_SHARE = 0.2
+"""Part of the granted clean images that ``validation()`` sets aside for choosing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a defender is granted, or what a defense needs.
+
+    Attributes:
+        name: as in the config group, for messages and tables.
+        fraction: clean images as a fraction of the official training part.
+        per_class: clean images per class (added to nothing: set one of the two).
+        poisoned: the poisoned training set.
+        incoming: number of inputs seen at inference time, triggered ones among them.
+    """
+
+    name: str = "needs"
+    fraction: Annotated[float, Ge(0), Le(1)] = 0.0
+    per_class: Annotated[int, Ge(0)] = 0
+    poisoned: bool = False
+    incoming: Annotated[int, Ge(0)] = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether any clean image is granted."""
+        return self.fraction > 0 or self.per_class > 0
+
+    def missing(self, needs: Budget) -> str:
+        """What ``needs`` asks for and this budget does not grant, in words; empty if nothing."""
+        lacking = [
+            word
+            for word, needed, granted in (
+                ("clean images", needs.clean, self.clean),
+                ("the poisoned training set", needs.poisoned, self.poisoned),
+                ("incoming images", needs.incoming > 0, self.incoming > 0),
+            )
+            if needed and not granted
+        ]
+        return " and ".join(lacking)
+
+
+class DefenderData:
+    """Images within a budget; there is no test set and no trigger inside.
+
+    Args:
+        pool: clean images set aside for the defender, disjoint from the attacker's.
+        train_size: number of images that ``budget.fraction`` refers to.
+        poisoned: the poisoned training set, given only if the budget grants it.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        pool: ImageSet | None,
+        train_size: int,
+        seed: int,
+        poisoned: Resident | None = None,
+        incoming: Resident | None = None,
+    ) -> None:
+        self.budget, self.seed = budget, seed
+        self._pool, self._poisoned, self._incoming = pool, poisoned, incoming
+        self._chosen = torch.empty(0, dtype=torch.int64)
+        if pool is not None and budget.clean:
+            self._chosen = self._draw(pool.labels, train_size)
+
+    def _draw(self, labels: Tensor, train_size: int) -> Tensor:
+        """Positions of the granted clean images in the pool, balanced over the classes."""
+        budget = self.budget
+        rng = generator(self.seed, "defender")
+        if budget.per_class:
+            smallest = int(labels.bincount().min())
+            if budget.per_class > smallest:
+                raise BudgetError(
+                    f"budget={budget.name}: {budget.per_class} clean images per class, but the "
+                    f"defender's pool holds {smallest} of the rarest class; raise "
+                    "data.pool_fraction or choose a smaller budget"
+                )
+            picks = [(labels == c).nonzero().flatten() for c in labels.unique()]
+            return torch.cat(
+                [p[torch.randperm(len(p), generator=rng)[: budget.per_class]] for p in picks]
+            )
+        count = round(budget.fraction * train_size)
+        # Whole tracks make a grouped pool overshoot or undershoot its share by a few images.
+        if count > len(labels) * 1.01 + 1:
+            raise BudgetError(
+                f"budget={budget.name}: {count} clean images, but the defender's pool holds "
+                f"{len(labels)}; raise data.pool_fraction or choose a smaller budget"
+            )
+        return proportional(labels, count, rng)
+
+    def _refuse(self, what: str) -> BudgetError:
+        return BudgetError(
+            f"budget={self.budget.name} grants no {what}; choose a budget that does "
+            "(pct1, pct5, one_per_class, poisoned, incoming) or a data-free defense (dhbe, clp)"
+        )
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        if not len(self._chosen):
+            raise self._refuse("clean images")
+        rng = generator(self.seed, "validation")
+        shuffled = self._chosen[torch.randperm(len(self._chosen), generator=rng)]
+        held = round(VALIDATION_SHARE * len(shuffled))
+        return shuffled[held:], shuffled[:held]
+
+    def _images(self, index: Tensor) -> ImageSet:
+        assert self._pool is not None
+        return self._pool.subset(index)
+
+    def clean(self, *, hold_out_validation: bool = False) -> ImageSet:
+        """The granted clean images; without those of ``validation()`` if they are held out."""
+        fit, held = self._split()
+        return self._images(fit if hold_out_validation else torch.cat([fit, held]))
+
+    def validation(self) -> ImageSet:
+        """A fifth of the granted clean images, for choosing thresholds and epochs."""
+        return self._images(self._split()[1])
+
+    def poisoned(self) -> Resident:
+        """The poisoned training set, with the labels the attacker gave it."""
+        if self._poisoned is None:
+            raise self._refuse("poisoned training set")
+        return self._poisoned
+
+    def incoming(self) -> Resident:
+        """Inputs seen at inference time, without labels of any use."""
+        if self._incoming is None:
+            raise self._refuse("incoming images")
+        return self._incoming

@@ -1,0 +1,171 @@
+"""Image sets: uint8 images with labels, in memory or read on demand by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dhbe.errors import DataError
+
+Encoded = Callable[[int], tuple[str, bytes]]
+"""Position -> (name to show in messages, encoded image file)."""
+
+
+def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
+    """Encoded image -> uint8 (C, size, size); other sizes are resized bilinearly.
+
+    Raises:
+        DataError: the bytes are not a readable image.
+    """
+    try:
+        with Image.open(io.BytesIO(blob)) as opened:
+            image = opened.convert("RGB" if channels == 3 else "L")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: not a readable image ({error}); replace or delete it") from error
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+
+
+class ImageSet(ABC):
+    """Images (N, C, H, W) uint8 with labels (N,) int64; ``groups`` (N,) keeps relatives together.
+
+    Groups name images of one physical object (GTSRB tracks): a split never separates them.
+    """
+
+    labels: Tensor
+    groups: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def subset(self, index: Tensor) -> ImageSet:
+        """The images at the positions ``index`` (M,), in that order."""
+
+    @abstractmethod
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images uint8 (B, C, H, W), positions (B,)) in the given order of positions."""
+
+    def fingerprint(self, count: int = 64) -> str:
+        """16 hex digits that depend on all labels and on ``count`` images spread over the set."""
+        digest = hashlib.blake2b(self.labels.cpu().numpy().tobytes(), digest_size=8)
+        index = torch.linspace(0, len(self) - 1, count).long()
+        for images, _ in self.batches(index, count):
+            digest.update(images.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def resident(self) -> Resident:
+        """All images in memory."""
+        parts = [x for x, _ in self.batches(torch.arange(len(self)), 512)]
+        return Resident(torch.cat(parts), self.labels, self.groups)
+
+
+class Resident(ImageSet):
+    """All images in one uint8 tensor, on the device where the work is done."""
+
+    def __init__(self, images: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
+        assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
+        self.images, self.labels, self.groups = images, labels, groups
+
+    def subset(self, index: Tensor) -> Resident:
+        groups = None if self.groups is None else self.groups[index]
+        return Resident(self.images[index], self.labels[index], groups)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in order.to(self.images.device).split(batch_size):
+            yield self.images[index], index
+
+    def to(self, device: torch.device) -> Resident:
+        """Copy on ``device`` (groups are only needed for splitting and stay behind)."""
+        return Resident(self.images.to(device), self.labels.to(device))
+
+    def resident(self) -> Resident:
+        return self
+
+
+class Streamed(ImageSet):
+    """Images decoded on demand by DataLoader workers, for sets that memory cannot hold."""
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        labels: Tensor,
+        *,
+        channels: int,
+        size: int,
+        positions: Tensor | None = None,
+        groups: Tensor | None = None,
+        workers: int = 2,
+    ) -> None:
+        self.encoded, self.labels, self.groups = encoded, labels, groups
+        self.positions = torch.arange(len(labels)) if positions is None else positions
+        self.channels, self.size, self.workers = channels, size, workers
+
+    def subset(self, index: Tensor) -> Streamed:
+        return Streamed(
+            self.encoded,
+            self.labels[index],
+            channels=self.channels,
+            size=self.size,
+            positions=self.positions[index],
+            groups=None if self.groups is None else self.groups[index],
+            workers=self.workers,
+        )
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        chunks = [c.tolist() for c in order.cpu().split(batch_size)]
+        decoded = DataLoader(
+            _Decoded(self),
+            batch_sampler=chunks,
+            num_workers=self.workers if len(chunks) > 1 else 0,
+        )
+        for images, index in zip(decoded, chunks, strict=True):
+            yield images, torch.tensor(index)
+
+
+class _Decoded(Dataset[Tensor]):
+    """Map-style view of a streamed set for the workers."""
+
+    def __init__(self, source: Streamed) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        s = self.source
+        name, blob = s.encoded(int(s.positions[index]))
+        return torch.from_numpy(decode(name, blob, s.channels, s.size).copy())
+
+
+def in_memory(
+    encoded: Encoded,
+    labels: Sequence[int],
+    *,
+    channels: int,
+    size: int,
+    groups: Tensor | None = None,
+) -> Resident:
+    """Decode everything now, one thread per core (Pillow releases the interpreter lock)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    images = torch.empty((len(labels), channels, size, size), dtype=torch.uint8)
+    target = images.numpy()
+
+    def fill(position: int) -> None:
+        target[position] = decode(*encoded(position), channels, size)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(fill, range(len(labels)), chunksize=256):
+            pass
+    return Resident(images, torch.as_tensor(labels, dtype=torch.int64), groups)

@@ -1,0 +1,94 @@
+"""Training batches: shuffled, cropped and mirrored as whole-batch tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dhbe.data.images import ImageSet
+from dhbe.rng import derive_seed
+from dhbe.types import CLEAN, Batch, DataSpec
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [0, 1], channels last in memory (faster convolutions)."""
+    return images.contiguous(memory_format=torch.channels_last).float().div_(255)
+
+
+def augment(images: Tensor, *, padding: int, flip: bool, rng: torch.Generator) -> Tensor:
+    """Zero-padded random crop and random mirror, drawn for each image, in two gathers.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        padding: pixels added on each side before the crop.
+        rng: generator on the images' device.
+    """
+    if not padding and not flip:
+        return images
+    b, c, h, w = images.shape
+    device = images.device
+
+    def offsets() -> Tensor:
+        return torch.randint(2 * padding + 1, (b, 1), generator=rng, device=device)
+
+    rows = offsets() + torch.arange(h, device=device)  # (B, H)
+    columns = torch.arange(w, device=device).expand(b, w)
+    if flip:
+        mirrored = torch.rand((b, 1), generator=rng, device=device) < 0.5
+        columns = torch.where(mirrored, w - 1 - columns, columns)
+    columns = columns + offsets()  # (B, W)
+    padded = F.pad(images, (padding,) * 4)
+    pick_b = torch.arange(b, device=device)[:, None, None, None]
+    pick_c = torch.arange(c, device=device)[None, :, None, None]
+    return padded[pick_b, pick_c, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class TrainingBatches:
+    """Batches of one training set; each epoch's order and augmentation depend on (seed, epoch).
+
+    No state passes from one epoch to the next, so a training that resumes at an epoch boundary
+    sees exactly what an uninterrupted one sees.
+
+    Args:
+        images: the (poisoned) training set of N images, with the labels to train on.
+        codes: what was done to each image (N,); default: nothing.
+        spec: says how to augment.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        spec: DataSpec,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        codes: Tensor | None = None,
+    ) -> None:
+        self.images, self.spec, self.device = images, spec, device
+        self.batch_size, self.seed = min(batch_size, len(images)), seed
+        self.labels = images.labels.to(device)
+        unmarked = torch.full((len(images),), CLEAN, dtype=torch.int8)
+        self.codes = (unmarked if codes is None else codes).to(device)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch; a ragged last one is dropped."""
+        return len(self.images) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        rng = torch.Generator(device=self.device)
+        rng.manual_seed(derive_seed(self.seed, "batches", self.epoch))
+        order = torch.randperm(len(self.images), generator=rng, device=self.device)
+        order = order[: len(self) * self.batch_size]
+        for raw, index in self.images.batches(order, self.batch_size):
+            raw, index = raw.to(self.device), index.to(self.device)
+            images = augment(raw, padding=self.spec.crop_padding, flip=self.spec.flip, rng=rng)
+            yield Batch(to_float(images), self.labels[index], self.codes[index], index)
