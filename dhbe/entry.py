@@ -41,11 +41,6 @@ def guarded(main: Callable[[], Any]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # Hydra makes the output folder before the pipeline starts
-        if wants_traceback:
-            raise
-        print(f"error: {error}; choose a writable hydra.run.dir", file=sys.stderr)
-        sys.exit(1)
     except (DHBEError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
@@ -56,3 +51,8 @@ def guarded(main: Callable[[], Any]) -> None:
         print(f"error: {cause}", file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2 if config_error or isinstance(cause, ConfigError) else 1)
+    except OSError as error:  # Hydra makes the output folder before the pipeline starts
+        if wants_traceback:
+            raise
+        print(f"error: {error}; choose a writable hydra.run.dir", file=sys.stderr)
+        sys.exit(1)
