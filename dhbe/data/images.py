@@ -74,7 +74,9 @@ class Resident(ImageSet):
     """All images in one uint8 tensor, on the device where the work is done."""
 
     def __init__(self, images: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
-        assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
+        assert images.dtype == torch.uint8
+        assert images.ndim == 4
+        assert len(images) == len(labels)
         self.images, self.labels, self.groups = images, labels, groups
 
     def subset(self, index: Tensor) -> Resident:

@@ -150,7 +150,7 @@ def stratified(
 
 
 def proportional(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Sorted positions of exactly ``count`` images (all, if there are fewer), classes in proportion.
+    """Sorted positions of exactly ``count`` images (or all of fewer), classes in proportion.
 
     Every class is shuffled and laid out evenly over (0, 1); the first ``count`` images are taken.
     """
