@@ -14,7 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from annotated_types import Ge
-from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -89,6 +89,22 @@ class Recorder(Checkpoint):
         """From the checkpoint."""
         self.rows, self.notes = state_dict["rows"], state_dict["notes"]
         self.pictures = {k: v.numpy() for k, v in state_dict["pictures"].items()}
+
+
+class LastEpoch(Checkpoint):
+    """Saves the state of the last finished epoch, in one step, after the recorder has its row.
+
+    Lightning's own ModelCheckpoint with ``save_top_k=0`` writes nothing before training ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write beside the file, then rename: a kill never leaves half a checkpoint."""
+        fresh = self.path.with_suffix(".new")
+        trainer.save_checkpoint(fresh)
+        fresh.replace(self.path)
 
 
 class TrainerConfig:
@@ -173,14 +189,7 @@ class Runtime:
         config = self.trainer_config
         self.workdir.mkdir(parents=True, exist_ok=True)
         checkpoint = self.workdir / "last.ckpt"
-        saver = ModelCheckpoint(
-            dirpath=self.workdir,
-            filename="epoch",
-            save_top_k=0,
-            save_last=True,
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
+        saver = LastEpoch(checkpoint)
         hooks: list[Callback] = [*callbacks, self.recorder, saver]
         if config.progress:
             hooks.append(RichProgressBar(leave=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,7 +245,9 @@ class Dying(Recorder):
 
 
 @pytest.mark.parametrize("name", ["dhbe", "dfad"])
-def test_killed_game_resumes_to_the_same_student(name: str, compose_config, make_runtime) -> None:
+def test_killed_game_resumes_to_the_same_student(
+    name: str, compose_config, make_runtime, tmp_path: Path
+) -> None:
     defense = build(name, compose_config)
     defense.epochs, defense.iterations = 5, 2
     data = Forbidden(Budget(name="none"))
@@ -253,6 +256,8 @@ def test_killed_game_resumes_to_the_same_student(name: str, compose_config, make
     runtime.recorder = Dying()
     with pytest.raises(InterruptedError):
         defense(suspect(), data, runtime)
+    state = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 1  # the third epoch was not saved; what follows goes on from here
     runtime = make_runtime(work="killed")
     resumed = defense(suspect(), data, runtime)
     for key, value in whole.state_dict().items():

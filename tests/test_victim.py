@@ -102,7 +102,9 @@ class StopAfter(pl.Callback):
             raise InterruptedError
 
 
-def test_killed_training_resumes_to_the_same_weights(images: Resident, make_runtime) -> None:
+def test_killed_training_resumes_to_the_same_weights(
+    images: Resident, make_runtime, tmp_path: Path
+) -> None:
     def fit(work: str, stop: int | None) -> dict[str, torch.Tensor]:
         network = suspect(0).network
         batches = TrainingBatches(
@@ -116,6 +118,8 @@ def test_killed_training_resumes_to_the_same_weights(images: Resident, make_runt
     whole = fit("whole", None)
     with pytest.raises(InterruptedError):
         fit("killed", 2)
+    state = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 1  # the third epoch never ended; what follows goes on from here
     resumed = fit("killed", None)
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
