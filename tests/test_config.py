@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import CONF, names
 
-from dhbe.config import cell, plain, schema, validate
+from dhbe.config import SUPPLIED, cell, errors_in, plain, schema, validate
 from dhbe.errors import BudgetError, ConfigError
 from dhbe.pipeline import assemble
 from dhbe.training import Schedule
@@ -21,7 +21,8 @@ def test_the_number_of_configs_is_known() -> None:
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda x: x)
 def test_every_config_fits_its_component(group: str, name: str, compose_config) -> None:
     extra = ["model.name=resnet10t"] if name == "timm" else []
-    validate(plain(compose_config(f"{group}={name}", *extra)))
+    node = plain(compose_config(f"{group}={name}", *extra))[group]
+    assert errors_in(node, group, frozenset(SUPPLIED.get(group, ()))) == []
 
 
 @pytest.mark.parametrize("name", names("experiment"))

@@ -134,7 +134,7 @@ def test_folder_source(tmp_path: Path) -> None:
                 train={"train": True},
                 test={"train": False},
             ),
-            "data.source.download=true",
+            "data.source.otherwise.download=true",
         ),
     ],
     ids=["parquet", "folder", "torchvision"],

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.literal import literal_copy
+from benchmarks.literal import LiteralGame, literal_copy
 from dhbe.errors import DivergenceError
 from dhbe.game import (
     Distillation,
@@ -95,6 +95,12 @@ def script(seed: int, draws: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
     return latents, places
 
 
+def literal_game(network, generator, trigger, noise: Noise) -> LiteralGame:
+    return literal_copy(
+        network, generator, trigger, mean=MEAN, std=STD, noise=noise, batch_size=BATCH
+    )
+
+
 def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys()
@@ -107,15 +113,8 @@ def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
 def test_two_iterations_equal_the_literal_loop(channels_last: bool) -> None:
     network, generator, trigger = players()
     latents, places = script(1, 50)
-    literal = literal_copy(
-        network,
-        generator,
-        trigger,
-        mean=MEAN,
-        std=STD,
-        noise=ScriptedNoise(latents, places),
-        batch_size=BATCH,
-    )
+    noise = ScriptedNoise(latents, places)
+    literal = literal_game(network, generator, trigger, noise)
     game = make_game(network, generator, trigger, ScriptedNoise(latents, places))
     if channels_last:
         game = game.to(memory_format=torch.channels_last)
@@ -133,15 +132,8 @@ def test_two_iterations_equal_the_literal_loop(channels_last: bool) -> None:
 def test_logged_losses_are_those_of_the_literal_loop() -> None:
     network, generator, trigger = players()
     latents, places = script(2, 10)
-    literal = literal_copy(
-        network,
-        generator,
-        trigger,
-        mean=MEAN,
-        std=STD,
-        noise=ScriptedNoise(latents, places),
-        batch_size=BATCH,
-    )
+    noise = ScriptedNoise(latents, places)
+    literal = literal_game(network, generator, trigger, noise)
     literal.student_moves = 1
     game = make_game(network, generator, trigger, ScriptedNoise(latents, places), moves=1)
     expected = literal.iterate()

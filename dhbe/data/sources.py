@@ -152,7 +152,7 @@ class Torchvision(Source):
         except (RuntimeError, OSError) as error:
             raise DataError(
                 f"paths.data={self.root}: {self.dataset} is not there ({error}); fetch it with "
-                "data.source.download=true or set DHBE_DATA (or paths.data=)"
+                "data.source.otherwise.download=true or set DHBE_DATA (or paths.data=)"
             ) from error
         pairs = [(np.asarray(image), int(label)) for image, label in found]
         images = torch.from_numpy(np.stack([p for p, _ in pairs]))
