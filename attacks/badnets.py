@@ -9,11 +9,8 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
+from dhbe.attack import REFERENCE_SIZE, Attack, Poisoning
 from dhbe.errors import got
-
-REFERENCE_SIZE = 32
-"""Image size, in pixels, that ``patch_size`` and ``margin`` refer to."""
 
 
 class BadNets(Attack):
@@ -40,8 +37,7 @@ class BadNets(Attack):
         super().__init__(**options)
         if pattern == "grid" and patch_size != 3:
             raise got("attack.patch_size", patch_size, "3 with attack.pattern=grid")
-        scale = self.spec.image_size / REFERENCE_SIZE
-        size, self.margin = max(1, round(patch_size * scale)), round(margin * scale)
+        size, self.margin = max(1, round(patch_size * self.scale)), round(margin * self.scale)
         if size + self.margin > self.spec.image_size:
             raise got(
                 "attack.patch_size",

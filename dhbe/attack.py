@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, TypedDict, final
 
 import torch
@@ -14,11 +15,16 @@ from typing_extensions import Unpack
 
 from dhbe.data import ImageSet, Resident, to_float
 from dhbe.errors import got
+from dhbe.models import Normalized
+from dhbe.rng import generator
 from dhbe.runtime import Runtime
 from dhbe.targets import target_rule
+from dhbe.training import Player
 from dhbe.types import CLEAN, COVER, POISON, DataSpec
 
 Fraction = Annotated[float, Ge(0), Le(1)]
+REFERENCE_SIZE = 32
+"""Image size, in pixels, that sizes and positions in attack configs refer to."""
 
 
 class Poisoning(TypedDict):
@@ -44,14 +50,15 @@ class Poisoning(TypedDict):
 class Attack(nn.Module, ABC):
     """A backdoor attack; everything that makes it (patterns, grids, networks) is module state.
 
-    Subclasses implement ``trigger``; the hooks below it have defaults that fit poisoning-only
-    attacks. An attack that trains with the victim sets ``controls_training``.
+    Subclasses implement ``trigger``; the other hooks have defaults that fit poisoning-only attacks.
     """
 
-    clean_label: ClassVar[bool] = False
+    clean_label: bool = False
     """Poison keeps its label and is drawn from the target class alone."""
     controls_training: ClassVar[bool] = False
-    """``batch`` and ``loss`` are called in the victim's training instead of poisoning the set."""
+    """The attacker trains the victim: each batch is composed anew instead of the set once."""
+    needs_surrogate: ClassVar[bool] = False
+    """``prepare`` gets a clean network: same data, architecture and schedule, no attack."""
     active: ClassVar[bool] = True
     """False for ``attack=none``: nothing to measure but clean accuracy."""
 
@@ -66,6 +73,7 @@ class Attack(nn.Module, ABC):
             source_classes=options["source_classes"],
             classes=self.spec.classes,
         )
+        self.scale = self.spec.image_size / REFERENCE_SIZE
         if self.poison_rate + self.cover_rate > 1:
             raise got(
                 "attack.poison_rate + attack.cover_rate",
@@ -112,7 +120,7 @@ class Attack(nn.Module, ABC):
         elif self.pool == "exclude_target":
             able = self.rule.eligible(y).nonzero().flatten()
         else:
-            able = torch.arange(len(y))
+            able = torch.arange(len(y), device=y.device)
         poison, cover = round(self.poison_rate * len(y)), round(self.cover_rate * len(y))
         if poison > len(able) and self.clean_label:
             warnings.warn(
@@ -139,46 +147,78 @@ class Attack(nn.Module, ABC):
         """
         able, poison, cover = self._count(y)
         codes = torch.full_like(y, CLEAN, dtype=torch.int8)
-        codes[able[torch.randperm(len(able), generator=rng)[:poison]]] = POISON
-        rest = (codes == CLEAN).nonzero().flatten()
-        codes[rest[torch.randperm(len(rest), generator=rng)[:cover]]] = COVER
+
+        def draw(positions: Tensor, count: int) -> Tensor:
+            order = torch.randperm(len(positions), generator=rng, device=rng.device)
+            return positions[order[:count].to(positions.device)]
+
+        codes[draw(able, poison)] = POISON
+        codes[draw((codes == CLEAN).nonzero().flatten(), cover)] = COVER
         return codes
 
     def relabel(self, y: Tensor, codes: Tensor) -> Tensor:
         """Training labels (N,): the goal for poison, the true label for the rest."""
         return torch.where(codes.to(y.device) == POISON, self.rule.goal(y), y)
 
-    def stamp(self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor) -> Tensor:
+    def stamp(
+        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+    ) -> Tensor:
         """Training images for given codes; the default puts the trigger on all that are not clean.
 
         Attacks whose training images differ from their test images (perturbed, masked) override it.
         """
+        del rng
         stamped = self.apply(x, y=y, index=index)
         return torch.where((codes != CLEAN)[:, None, None, None], stamped, x)
 
     @torch.no_grad()
-    def poison(self, train: ImageSet, codes: Tensor) -> ImageSet:
-        """The training set as the victim's owner gets it: stamped images, given labels."""
+    def poison(self, train: ImageSet, codes: Tensor, *, seed: int) -> ImageSet:
+        """The training set as the victim's owner gets it: stamped images, given labels.
+
+        For an attacker who controls training it is a snapshot: what one epoch looks like.
+        """
         labels = self.relabel(train.labels, codes)
         index = codes.nonzero().flatten()
         images = train.resident().images.clone()
+        rng = generator(seed, "stamp")
         for part in index.split(512):
-            x = to_float(images[part])
-            y, c = train.labels[part], codes[part]
-            images[part] = self.stamp(x, y=y, codes=c, index=part).mul(255).round().byte()
+            x, y, c = to_float(images[part]), train.labels[part], codes[part]
+            stamped = self.stamp(x, y=y, codes=c, index=part, rng=rng)
+            images[part] = stamped.mul(255).round().byte()
         return Resident(images, labels)
 
     # ------------------------------------------------------------------ hooks of trained attacks
 
-    def prepare(self, train: ImageSet, runtime: Runtime, surrogate: nn.Module | None) -> None:
+    def prepare(self, train: ImageSet, runtime: Runtime, surrogate: Normalized | None) -> None:
         """Build what the trigger needs before the victim trains; idempotent."""
 
-    def batch(self, x: Tensor, y: Tensor, code: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Compose a training batch (images, labels); only if ``controls_training``."""
-        del code, index
-        return x, y
+    @torch.no_grad()
+    def compose(
+        self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A training batch (images, labels, codes) before augmentation; ``controls_training``."""
+        codes = self.select(y, rng)
+        return self.stamp(x, y=y, codes=codes, index=index, rng=rng), self.relabel(y, codes), codes
+
+    def players(self) -> Sequence[Player]:
+        """Own networks that learn together with the victim; their gradients come from ``loss``."""
+        return ()
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        """The victim's training loss on a batch: cross-entropy, mean over the batch."""
+        """The training loss on a batch: cross-entropy, mean over the batch."""
         del code
         return F.cross_entropy(network(x), y)
+
+
+class NoAttack(Attack):
+    """Clean training, the reference for every accuracy drop; poisoning options have no effect."""
+
+    active = False
+
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        del y, index
+        return x
+
+    def select(self, y: Tensor, rng: torch.Generator) -> Tensor:
+        del rng
+        return torch.full_like(y, CLEAN, dtype=torch.int8)

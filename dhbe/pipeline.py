@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dhbe import config, results, victim
-from dhbe.attack import Attack
+from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile
 from dhbe.data import Budget, Data, DefenderData, Splits
 from dhbe.defense import Defense
@@ -125,7 +125,7 @@ def compute(
         torch.set_num_threads(parts.trainer.threads)
     work = result.open()
     clock = Clock(device)
-    splits = parts.data.load()
+    splits = load(parts.data, config.fingerprint(tree["data"]))
     logger = instantiate(tree["logger"]) if tree.get("logger") else None
 
     evaluator = None
@@ -141,8 +141,7 @@ def compute(
         logger=logger,
     )
     with clock.stage("victim"):
-        network = build_network(tree, parts.spec, runtime.derive("network"))
-        made = obtain_victim(tree, parts, network, splits, runtime)
+        made = obtain_victim(tree, parts, parts.attack, splits, runtime)
     made.network.to(device, runtime.dtype)
     before = after = None
     if evaluator is not None:
@@ -159,6 +158,10 @@ def compute(
     metrics = describe(tree, parts, clock, made, runtime) | names(choices)
     truth = None if evaluator is None else evaluator.truth
     metrics = results.summarize(before, after, truth) | metrics
+    if evaluator is not None and tree["floor"] and parts.attack.active:
+        clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime).network
+        found = evaluator.predict(clean.to(device, runtime.dtype))
+        metrics["floor"] = results.summarize(found, found, truth)["victim"]
     store(work, tree, purified, evaluator, made, runtime, (before, after))
     (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
     write_page(work)
@@ -168,20 +171,49 @@ def compute(
     return metrics
 
 
+_loaded: dict[str, Splits | None] = {}
+
+
+def load(data: Data, name: str) -> Splits | None:
+    """The images of a data set; the last one stays in memory for the next run of a sweep.
+
+    Args:
+        name: fingerprint of the data set's config.
+    """
+    if name not in _loaded:
+        _loaded.clear()
+        _loaded[name] = data.load()
+    return _loaded[name]
+
+
+def no_attack(spec: DataSpec) -> NoAttack:
+    """Clean training: what a surrogate and the floor of an attack come from."""
+    return NoAttack(
+        spec=spec,
+        poison_rate=0.0,
+        cover_rate=0.0,
+        target_class=0,
+        target_rule="all_to_one",
+        source_classes=[],
+        pool="exclude_target",
+    )
+
+
 def obtain_victim(
-    tree: dict[str, Any],
-    parts: Parts,
-    network: Normalized,
-    splits: Splits | None,
-    runtime: Runtime,
+    tree: dict[str, Any], parts: Parts, attack: Attack, splits: Splits | None, runtime: Runtime
 ) -> victim.Victim:
-    """The suspect's origin: somebody's file, or the config's victim, stored or newly trained."""
+    """The suspect's origin: somebody's file, or a victim of the config, stored or newly trained.
+
+    Args:
+        attack: the config's, or none: then the result is the clean network of the same recipe.
+    """
+    network = build_network(tree, parts.spec, runtime.derive("network"))
     if isinstance(parts.victim, CheckpointFile):
         parts.victim.load_into(network)
         codes = torch.zeros(0, dtype=torch.int8)
         return victim.Victim(
             network=network.eval(),
-            attack=parts.attack,
+            attack=attack,
             codes=codes,
             seconds=0.0,
             cached=True,
@@ -200,15 +232,19 @@ def obtain_victim(
             logger=runtime.logger,
         )
         network.to(own.device, own.dtype)
-        codes = victim.train(network, parts.attack.to(own.device), splits.train, schedule, own)
+        surrogate = None
+        if attack.needs_surrogate:
+            clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime)
+            surrogate = clean.network.to(own.device, own.dtype).requires_grad_(False)
+        codes = victim.train(network, attack.to(own.device), splits.train, schedule, own, surrogate)
         return codes, own.recorder.rows
 
     recipe = {k: tree[k] for k in VICTIM_KEYS} | {"precision": parts.trainer.precision}
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = splits.train.fingerprint()
-    return victim.VictimStore(Path(tree["paths"]["victims"])).obtain(
-        recipe, network, parts.attack, make
-    )
+    if not attack.active:
+        recipe["attack"] = None  # poisoning options have no effect
+    return victim.VictimStore(Path(tree["paths"]["victims"])).obtain(recipe, network, attack, make)
 
 
 def grant(parts: Parts, splits: Splits | None, made: victim.Victim, seed: int) -> DefenderData:
@@ -217,7 +253,7 @@ def grant(parts: Parts, splits: Splits | None, made: victim.Victim, seed: int) -
     if splits is None:
         return DefenderData(parts.budget, pool=None, train_size=0, seed=seed)
     if parts.budget.poisoned:
-        poisoned = parts.attack.poison(splits.train, made.codes).resident()
+        poisoned = made.attack.poison(splits.train, made.codes, seed=seed).resident()
     size = len(splits.train) + len(splits.pool)
     return DefenderData(
         parts.budget, pool=splits.pool, train_size=size, seed=seed, poisoned=poisoned

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -172,6 +172,10 @@ class Runtime:
     def derive(self, *purpose: object) -> int:
         """Integer seed derived from the run's seed and a purpose."""
         return derive_seed(self.seed, *purpose)
+
+    def stage(self, name: str) -> Runtime:
+        """The same run for a training of its own inside a stage, with its own checkpoint."""
+        return replace(self, workdir=self.workdir / name, recorder=Recorder())
 
     def fit(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Len, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,7 +61,7 @@ class Schedule:
         peak = 0.2
         return progress / peak if progress < peak else (1 - progress) / (1 - peak)
 
-    def optimizer(self, network: nn.Module) -> torch.optim.SGD:
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """SGD over all parameters that require a gradient."""
         return torch.optim.SGD(
             [p for p in network.parameters() if p.requires_grad],
@@ -72,11 +73,59 @@ class Schedule:
         )
 
 
+class AdamSchedule(Schedule):
+    """Adam instead of SGD, for networks that an attack trains beside or before its victim.
+
+    Args:
+        epochs: of a training of its own; a player beside the victim follows the victim's budget.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(2)],
+        learning_rate: Annotated[float, Gt(0)],
+        betas: Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)],
+        schedule: Literal["multistep", "cosine", "onecycle"],
+        milestones: list[Annotated[float, Gt(0), Le(1)]],
+        decay: Annotated[float, Gt(0), Le(1)],
+    ) -> None:
+        super().__init__(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=0.0,
+            schedule=schedule,
+            milestones=milestones,
+            decay=decay,
+        )
+        self.betas = betas
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Adam over all parameters."""
+        first, second = self.betas
+        parameters = network.parameters()
+        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=(first, second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """A network and how it learns."""
+
+    network: nn.Module
+    schedule: Schedule
+
+
 class Supervised(pl.LightningModule):
     """Train ``network`` on ``batches`` by a loss; the last epoch is kept, whatever its accuracy.
 
     Args:
+        schedule: the network's; its epochs are the budget of all players.
         role: who is trained (``victim``, ``student``); the logged loss is ``<role>/loss``.
+        players: networks that learn in the same steps from the same loss.
     """
 
     def __init__(
@@ -87,29 +136,47 @@ class Supervised(pl.LightningModule):
         *,
         role: str,
         loss: Loss = cross_entropy,
+        players: Sequence[Player] = (),
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.role = role
         self.network, self.batches, self.schedule, self.loss = network, batches, schedule, loss
+        self.players = [Player(network=network, schedule=schedule), *players]
+        self.companions = nn.ModuleList(p.network for p in players)  # for the checkpoint
         self._sum: Tensor | None = None
 
     def configure_optimizers(self) -> Any:
-        """SGD whose rate changes with every step."""
-        optimizer = self.schedule.optimizer(self.network)
+        """One optimiser per player; rates change with every step."""
         steps = self.schedule.epochs * len(self.batches)
-        rate = LambdaLR(optimizer, lambda step: self.schedule.factor((step + 0.5) / steps))
-        return [optimizer], [{"scheduler": rate, "interval": "step"}]
+        optimizers = [p.schedule.optimizer(p.network) for p in self.players]
+        rates = [
+            LambdaLR(o, lambda step, s=p.schedule: s.factor((step + 0.5) / steps))  # type: ignore[misc]
+            for o, p in zip(optimizers, self.players, strict=True)
+        ]
+        return optimizers, rates
 
     def on_train_epoch_start(self) -> None:
         """Choose the epoch's order and augmentation."""
         self.batches.set_epoch(self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One optimiser step."""
+        """One step of every player."""
         del batch_idx
+        optimizers = self.optimizers(use_pl_optimizer=True)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        rates = self.lr_schedulers()
         loss = self.loss(self.network, batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        for rate in rates if isinstance(rates, list) else [rates]:
+            assert rate is not None
+            rate.step()
         self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
-        return loss
+        return loss.detach()
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss.

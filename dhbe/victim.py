@@ -47,12 +47,22 @@ class Victim:
 
 
 def train(
-    network: Normalized, attack: Attack, images: ImageSet, schedule: Schedule, runtime: Runtime
+    network: Normalized,
+    attack: Attack,
+    images: ImageSet,
+    schedule: Schedule,
+    runtime: Runtime,
+    surrogate: Normalized | None = None,
 ) -> Tensor:
-    """Train the network under the attack, in place; returns the codes (N,) int8."""
+    """Train the network under the attack, in place; returns the codes (N,) int8.
+
+    Args:
+        surrogate: a clean network, for attacks that need one.
+    """
     codes = attack.select(images.labels, runtime.rng("codes"))
-    attack.prepare(images, runtime, surrogate=None)
-    given = images if attack.controls_training else attack.poison(images, codes)
+    attack.prepare(images, runtime, surrogate)
+    controls = attack.controls_training
+    given = images if controls else attack.poison(images, codes, seed=runtime.seed)
     batches = TrainingBatches(
         given.resident().to(runtime.device) if fits_memory(given) else given,
         spec=attack.spec,
@@ -60,16 +70,17 @@ def train(
         seed=runtime.derive("victim"),
         device=runtime.device,
         codes=codes,
+        compose=attack.compose if controls else None,
     )
 
     def loss(net: torch.nn.Module, batch: Batch) -> Tensor:
-        x, y = batch.images.to(runtime.dtype), batch.labels
-        if attack.controls_training:
-            x, y = attack.batch(x, y, batch.codes, batch.positions)
-        return attack.loss(net, x, y, batch.codes)
+        return attack.loss(net, batch.images.to(runtime.dtype), batch.labels, batch.codes)
 
-    module = Supervised(network, batches, schedule, role="victim", loss=loss)
+    module = Supervised(
+        network, batches, schedule, role="victim", loss=loss, players=attack.train().players()
+    )
     runtime.fit(module, batches, epochs=schedule.epochs)
+    attack.eval()
     return codes
 
 

@@ -11,8 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from attacks.badnets import BadNets, draw
-from attacks.none import NoAttack
-from dhbe.attack import Attack
+from dhbe.attack import Attack, NoAttack
 from dhbe.config import plain
 from dhbe.data import Resident
 from dhbe.errors import ConfigError
@@ -53,7 +52,7 @@ def badnets(spec, **options) -> BadNets:
 
 def test_all_attacks_are_listed() -> None:
     assert ATTACKS == ["badnets", "none"]
-    assert len(list((CONF.parent / "attacks").glob("[a-z]*.py"))) == len(ATTACKS)
+    assert len(list((CONF.parent / "attacks").glob("[a-z]*.py"))) == len(ATTACKS) - 1  # none
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -88,7 +87,7 @@ def test_poisoning_keeps_its_promises(name: str, compose_config, spec, images: R
     expected = round(attack.poison_rate * len(images)) if attack.active else 0
     assert int((codes == POISON).sum()) == expected
     before = images.images.clone()
-    given = attack.poison(images, codes)
+    given = attack.poison(images, codes, seed=0)
     assert torch.equal(images.images, before)
     clean = codes == CLEAN
     assert torch.equal(given.resident().images[clean], images.images[clean])
@@ -177,7 +176,7 @@ def test_covers_keep_their_label_and_carry_the_trigger(spec, images: Resident) -
     attack = badnets(spec, cover_rate=0.2)
     codes = attack.select(images.labels, generator(0, "c"))
     assert int((codes == COVER).sum()) == 16
-    given = attack.poison(images, codes)
+    given = attack.poison(images, codes, seed=0)
     cover = codes == COVER
     assert torch.equal(given.labels[cover], images.labels[cover])
     assert (given.resident().images[cover][:, :, -1, -1] == 255).all()

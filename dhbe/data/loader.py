@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,10 +12,17 @@ from dhbe.data.images import ImageSet
 from dhbe.rng import derive_seed
 from dhbe.types import CLEAN, Batch, DataSpec
 
+Compose = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
+"""(images, labels, positions, generator) -> (images, labels, codes) of a batch."""
+
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [0, 1], channels last in memory (faster convolutions)."""
-    return images.contiguous(memory_format=torch.channels_last).float().div_(255)
+    """uint8 pixels -> float32 in [0, 1], channels last in memory (faster convolutions).
+
+    Floats are in [0, 1] already and keep their values.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images if images.is_floating_point() else images.float().div_(255)
 
 
 def augment(images: Tensor, *, padding: int, flip: bool, rng: torch.Generator) -> Tensor:
@@ -56,6 +63,7 @@ class TrainingBatches:
         images: the (poisoned) training set of N images, with the labels to train on.
         codes: what was done to each image (N,); default: nothing.
         spec: says how to augment.
+        compose: makes each batch what it is, before augmentation; the generator is the epoch's.
     """
 
     def __init__(
@@ -67,8 +75,9 @@ class TrainingBatches:
         seed: int,
         device: torch.device,
         codes: Tensor | None = None,
+        compose: Compose | None = None,
     ) -> None:
-        self.images, self.spec, self.device = images, spec, device
+        self.images, self.spec, self.device, self.compose = images, spec, device, compose
         self.batch_size, self.seed = min(batch_size, len(images)), seed
         self.labels = images.labels.to(device)
         unmarked = torch.full((len(images),), CLEAN, dtype=torch.int8)
@@ -90,5 +99,8 @@ class TrainingBatches:
         order = order[: len(self) * self.batch_size]
         for raw, index in self.images.batches(order, self.batch_size):
             raw, index = raw.to(self.device), index.to(self.device)
+            labels, codes = self.labels[index], self.codes[index]
+            if self.compose is not None:
+                raw, labels, codes = self.compose(to_float(raw), labels, index, rng)
             images = augment(raw, padding=self.spec.crop_padding, flip=self.spec.flip, rng=rng)
-            yield Batch(to_float(images), self.labels[index], self.codes[index], index)
+            yield Batch(to_float(images), labels, codes, index)
