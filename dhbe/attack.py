@@ -109,12 +109,16 @@ class Attack(nn.Module, ABC):
             )
         out = self.trigger(x, y=y, index=index)
         assert out.shape == x.shape, f"{type(self).__name__}.trigger changed the shape"
-        return out.clamp(0, 1).mul(255).round().div(255)
+        return quantize(out)
 
     # ------------------------------------------------------------------ the training set
 
-    def _count(self, y: Tensor) -> tuple[Tensor, int, int]:
-        """(eligible positions, number of poison, number of cover images) for labels (N,)."""
+    def _count(self, y: Tensor, *, part: bool = False) -> tuple[Tensor, int, int]:
+        """(eligible positions, number of poison, number of cover images) for labels (N,).
+
+        Args:
+            part: a batch; by chance it may hold fewer eligible images than wanted.
+        """
         if self.clean_label:
             able = (y == self.rule.goal(y)).nonzero().flatten()
         elif self.pool == "exclude_target":
@@ -122,6 +126,8 @@ class Attack(nn.Module, ABC):
         else:
             able = torch.arange(len(y), device=y.device)
         poison, cover = round(self.poison_rate * len(y)), round(self.cover_rate * len(y))
+        if part:
+            return able, min(poison, len(able)), cover
         if poison > len(able) and self.clean_label:
             warnings.warn(
                 f"attack.poison_rate={self.poison_rate}: {poison} images, but the target class "
@@ -139,13 +145,16 @@ class Attack(nn.Module, ABC):
             )
         return able, poison, cover
 
-    def select(self, y: Tensor, rng: torch.Generator) -> Tensor:
+    def select(self, y: Tensor, rng: torch.Generator, *, part: bool = False) -> Tensor:
         """Codes (N,) int8: 0 clean, 1 poison, 2 cover, drawn without replacement.
+
+        Args:
+            part: ``y`` is a batch, not the training set.
 
         Raises:
             ConfigError: more poison is asked for than there are eligible images.
         """
-        able, poison, cover = self._count(y)
+        able, poison, cover = self._count(y, part=part)
         codes = torch.full_like(y, CLEAN, dtype=torch.int8)
 
         def draw(positions: Tensor, count: int) -> Tensor:
@@ -189,25 +198,40 @@ class Attack(nn.Module, ABC):
 
     # ------------------------------------------------------------------ hooks of trained attacks
 
-    def prepare(self, train: ImageSet, runtime: Runtime, surrogate: Normalized | None) -> None:
-        """Build what the trigger needs before the victim trains; idempotent."""
+    def prepare(
+        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+    ) -> None:
+        """Build what the trigger needs before the victim trains; idempotent.
+
+        Args:
+            codes: which images will be poisoned (N,).
+            surrogate: frozen, in eval mode; given if ``needs_surrogate``.
+        """
 
     @torch.no_grad()
     def compose(
         self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A training batch (images, labels, codes) before augmentation; ``controls_training``."""
-        codes = self.select(y, rng)
+        codes = self.select(y, rng, part=True)
         return self.stamp(x, y=y, codes=codes, index=index, rng=rng), self.relabel(y, codes), codes
 
     def players(self) -> Sequence[Player]:
         """Own networks that learn together with the victim; their gradients come from ``loss``."""
         return ()
 
+    def begin_epoch(self, progress: float) -> None:
+        """Called before each epoch with the fraction of the victim's budget that is spent."""
+
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
         """The training loss on a batch: cross-entropy, mean over the batch."""
         del code
         return F.cross_entropy(network(x), y)
+
+
+def quantize(x: Tensor) -> Tensor:
+    """Clamp to [0, 1] and round to multiples of 1/255: what an image file can hold."""
+    return x.clamp(0, 1).mul(255).round().div(255)
 
 
 class NoAttack(Attack):
@@ -219,6 +243,6 @@ class NoAttack(Attack):
         del y, index
         return x
 
-    def select(self, y: Tensor, rng: torch.Generator) -> Tensor:
-        del rng
+    def select(self, y: Tensor, rng: torch.Generator, *, part: bool = False) -> Tensor:
+        del rng, part
         return torch.full_like(y, CLEAN, dtype=torch.int8)

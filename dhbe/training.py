@@ -126,6 +126,7 @@ class Supervised(pl.LightningModule):
         schedule: the network's; its epochs are the budget of all players.
         role: who is trained (``victim``, ``student``); the logged loss is ``<role>/loss``.
         players: networks that learn in the same steps from the same loss.
+        beside: module whose state belongs to the training and goes into its checkpoints.
     """
 
     def __init__(
@@ -137,13 +138,14 @@ class Supervised(pl.LightningModule):
         role: str,
         loss: Loss = cross_entropy,
         players: Sequence[Player] = (),
+        beside: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.role = role
         self.network, self.batches, self.schedule, self.loss = network, batches, schedule, loss
         self.players = [Player(network=network, schedule=schedule), *players]
-        self.companions = nn.ModuleList(p.network for p in players)  # for the checkpoint
+        self.beside = beside
         self._sum: Tensor | None = None
 
     def configure_optimizers(self) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from pytorch_lightning.callbacks import LambdaCallback
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -60,7 +61,7 @@ def train(
         surrogate: a clean network, for attacks that need one.
     """
     codes = attack.select(images.labels, runtime.rng("codes"))
-    attack.prepare(images, runtime, surrogate)
+    attack.prepare(images, codes, runtime, surrogate)
     controls = attack.controls_training
     given = images if controls else attack.poison(images, codes, seed=runtime.seed)
     batches = TrainingBatches(
@@ -77,9 +78,20 @@ def train(
         return attack.loss(net, batch.images.to(runtime.dtype), batch.labels, batch.codes)
 
     module = Supervised(
-        network, batches, schedule, role="victim", loss=loss, players=attack.train().players()
+        network,
+        batches,
+        schedule,
+        role="victim",
+        loss=loss,
+        players=attack.players(),
+        beside=attack,
     )
-    runtime.fit(module, batches, epochs=schedule.epochs)
+    epochs = LambdaCallback(
+        on_train_epoch_start=lambda trainer, _: attack.begin_epoch(
+            trainer.current_epoch / schedule.epochs
+        )
+    )
+    runtime.fit(module, batches, epochs=schedule.epochs, callbacks=[epochs])
     attack.eval()
     return codes
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 TINY = (
     "data.limit=300",
     "data.train_size=7600",
-    "model.widths=[8,16]",
+    "model.widths=[16,24]",
     "victim.epochs=2",
     "trainer.threads=1",
     "trainer.observe_every=1",
@@ -141,7 +141,7 @@ def test_a_sweep_shares_victims_and_names_cells(finished: Path) -> None:
 
 def test_own_checkpoint_without_and_with_data(finished: Path) -> None:
     file = finished / "one" / "purified.safetensors"
-    base = ("victim=checkpoint", f"victim.path={file}", "model.widths=[8,16]")
+    base = ("victim=checkpoint", f"victim.path={file}", "model.widths=[16,24]")
     with_data = run(finished, *base, "data.limit=300", "defense=clp", "hydra.run.dir=own")
     assert with_data.returncode == 0, with_data.stderr
     m = metrics(finished / "own")

@@ -52,7 +52,7 @@ def suspect(seed: int = 0, **changes) -> Suspect:
     spec = make_spec(**changes)
     torch.manual_seed(seed)
     network = SmallResNet(
-        widths=[8, 16],
+        widths=[16, 24],
         blocks=1,
         stem_stride=2,
         classes=spec.classes,

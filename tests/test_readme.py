@@ -54,7 +54,7 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     if "DHBE_DATA" not in os.environ and any(w.startswith(REAL) for w in words):
         pytest.skip("set DHBE_DATA to run this command on real data")
     network = SmallResNet(
-        widths=[8, 16], blocks=1, stem_stride=2, classes=10, channels=3, image_size=32
+        widths=[16, 24], blocks=1, stem_stride=2, classes=10, channels=3, image_size=32
     )
     torch.save(network.state_dict(), tmp_path / "suspicious.pt")
     extra = ["data.limit=300", "data.train_size=0", *TINY[2:]]

@@ -1,4 +1,4 @@
-"""Which layer feeds which, found by watching one forward pass."""
+"""Which layer feeds which, found by watching a forward pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dhbe.errors import ConfigError
 
 
 @torch.no_grad()
@@ -41,3 +43,30 @@ def conv_bn_pairs(network: nn.Module, probe: Tensor) -> list[tuple[nn.Conv2d, nn
         for hook in hooks:
             hook.remove()
     return pairs
+
+
+def classifier(network: nn.Module) -> nn.Linear:
+    """The last linear layer, whose outputs are the logits.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ConfigError("the network has no linear layer; choose another model")
+    return linear[-1]
+
+
+def penultimate(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(features before the last linear layer (B, F), logits (B, classes)); gradients flow."""
+    seen: list[Tensor] = []
+
+    def remember(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    hook = classifier(network).register_forward_pre_hook(remember)
+    try:
+        logits = network(x)
+    finally:
+        hook.remove()
+    return seen[-1], logits

@@ -1,0 +1,68 @@
+"""BPP: fewer colour levels, learned against random residuals (Wang et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+from typing_extensions import Unpack
+
+from dhbe.attack import Attack, Poisoning, quantize
+from dhbe.types import COVER
+
+
+class BPP(Attack):
+    """T(x) = round(x (q - 1)) / (q - 1), without or with Floyd-Steinberg dithering.
+
+    Cover images x_i + (T(x_j) - x_j), with the residual of another image, keep their label: a
+    random residual is not the trigger.
+
+    Args:
+        levels: q, colour levels per channel.
+        dither: spread each pixel's rounding error over its neighbours.
+    """
+
+    controls_training: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        levels: Annotated[int, Ge(2), Le(255)],
+        dither: bool,
+        **options: Unpack[Poisoning],
+    ) -> None:
+        super().__init__(**options)
+        self.steps, self.dither = levels - 1, dither
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        """The nearest of the colour levels."""
+        return x.mul(self.steps).round().div(self.steps)
+
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        del y, index
+        if not self.dither:
+            return self.squeeze(x)
+        size = x.shape[-1]
+        out = torch.nn.functional.pad(x, (1, 1, 0, 1))  # room for errors at the border
+        for row in range(size):
+            for column in range(1, size + 1):
+                old = out[:, :, row, column].clone()
+                new = self.squeeze(old.clamp(0, 1))
+                error = old - new
+                out[:, :, row, column] = new
+                out[:, :, row, column + 1] += error * 7 / 16
+                for shift, share in ((-1, 3 / 16), (0, 5 / 16), (1, 1 / 16)):
+                    out[:, :, row + 1, column + shift] += error * share
+        return out[:, :, :size, 1 : size + 1]
+
+    def stamp(
+        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+    ) -> Tensor:
+        stamped = self.apply(x, y=y, index=index)
+        other = torch.randint(1, max(2, len(x)), (1,), generator=rng, device=rng.device)
+        partner = (torch.arange(len(x)) + other.cpu()) % len(x)
+        moved = quantize(x + (stamped - x)[partner.to(x.device)])
+        code = codes[:, None, None, None]
+        return torch.where(code == COVER, moved, torch.where(code == 0, x, stamped))

@@ -1,0 +1,93 @@
+"""DFST with a procedural style: a sunset tint, detoxified in training (Cheng et al. 2021).
+
+The published trigger is a CycleGAN's sunset style. This one is a fixed tint with a glow: the same
+kind of trigger (global, smooth, content-dependent) without external weights.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Len
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from typing_extensions import Unpack
+
+from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.models.translator import Translator
+from dhbe.patterns import frozen_call
+from dhbe.rng import fork
+from dhbe.training import AdamSchedule, Player
+
+WARM = ((1.05, 0.20, 0.05), (0.10, 0.70, 0.05), (0.05, 0.10, 0.55))
+"""Rows: red, green, blue of the styled image; columns: of the original."""
+
+
+class DFST(Attack):
+    """T(x) = (1 - alpha) x + alpha style(x), style(x) = A x + b(row): warm colours, glow from above.
+
+    Detoxification: a feature injector learns, beside the victim, to reach the target class by a
+    shift that looks small (SSIM), and the victim learns the true label of its images. Cheap
+    features are thereby denied, and the victim has to rely on the style. The paper trains a new
+    injector in each of a few rounds, on the neurons that the trigger moves most; here one plays
+    along.
+
+    Args:
+        alpha: strength of the style.
+        detox_weight: of the injected images' loss.
+        similarity_weight: of 1 - SSIM in the injector's loss.
+        widths: channels of the injector's levels.
+        network_seed: initialises it.
+        injector_schedule: of the injector.
+    """
+
+    controls_training: ClassVar[bool] = True
+    tint: Tensor
+    glow: Tensor
+
+    def __init__(
+        self,
+        *,
+        alpha: Fraction,
+        detox_weight: Annotated[float, Ge(0)],
+        similarity_weight: Annotated[float, Ge(0)],
+        widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
+        network_seed: Annotated[int, Ge(0)],
+        injector_schedule: AdamSchedule,
+        **options: Unpack[Poisoning],
+    ) -> None:
+        super().__init__(**options)
+        self.alpha, self.detox_weight = alpha, detox_weight
+        self.similarity_weight, self.injector_schedule = similarity_weight, injector_schedule
+        channels, size = self.spec.channels, self.spec.image_size
+        tint, glow = torch.tensor(WARM), torch.tensor([0.25, 0.10, -0.05])
+        if channels == 1:
+            tint, glow = tint.mean().view(1, 1) * 3, glow.mean().view(1)
+        fall = torch.linspace(1, -1, size)
+        self.register_buffer("tint", tint[:channels, :channels])
+        self.register_buffer("glow", glow[:channels, None, None] * fall[:, None].expand(size, size))
+        with fork(network_seed):
+            self.injector = Translator(channels, channels, widths, skips=True)
+
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        del y, index
+        styled = torch.einsum("dc,bchw->bdhw", self.tint.to(x.dtype), x) + self.glow
+        return (1 - self.alpha) * x + self.alpha * styled.clamp(0, 1)
+
+    def players(self) -> list[Player]:
+        return [Player(network=self.injector, schedule=self.injector_schedule)]
+
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+        """Victim: CE on the batch and on injected images; injector: reach the goal unnoticed."""
+        part = code == 0
+        clean, labels = x[part][: len(x) // 4], y[part][: len(x) // 4]
+        injected = (clean + self.injector(2 * clean - 1).tanh()).clamp(0, 1)
+        logits = network(torch.cat([x, injected.detach()]))
+        loss = F.cross_entropy(logits[: len(x)], y)
+        loss = loss + self.detox_weight * F.cross_entropy(logits[len(x) :], labels)
+        reach = F.cross_entropy(frozen_call(network, injected), self.rule.goal(labels))
+        alike = ssim(injected.float(), clean.float(), data_range=1.0)
+        assert isinstance(alike, Tensor)
+        return loss + reach + self.similarity_weight * (1 - alike)

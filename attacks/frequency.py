@@ -1,0 +1,72 @@
+"""Frequency triggers in closed form: FTrojan, CTRL and clean-label frequency poisoning.
+
+Adding a magnitude to chosen block-DCT bins of the chroma channels is linear, so the whole pipeline
+(colour transform, DCT, add, inverse) is one fixed additive image.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+from typing_extensions import Unpack
+
+from dhbe.attack import REFERENCE_SIZE, Attack, Poisoning
+from dhbe.errors import got
+
+TO_RGB = {"ycrcb": (1.403, -1.058, 1.773), "yuv": (1.14, -0.977, 2.029)}
+"""What one unit in both chroma channels adds to red, green and blue (cv2's YCrCb, kornia's YUV)."""
+
+
+class Frequency(Attack):
+    """T(x) = clip(x + c q / 255), q = magnitude sum_(u,v) phi_u phi_v^T, phi the DCT-II basis.
+
+    Sources: FTrojan (Wang et al., ECCV 2022, 2111.10991), CTRL (Li et al., ICCV 2023, 2210.07346),
+    frequency poisoning (Yue et al. 2022, 2207.04209). Grey images get q itself.
+
+    Args:
+        color: colour space whose two chroma channels are shifted.
+        window: side of a DCT block in pixels; 0 is the whole image, at most the image.
+        positions: bins (u, v) of a 32-pixel block; scaled with the block.
+        clean_label: draw poison from the target class and keep its label.
+    """
+
+    pattern: Tensor
+
+    def __init__(
+        self,
+        *,
+        color: Literal["ycrcb", "yuv"],
+        window: Annotated[int, Ge(0)],
+        positions: list[list[Annotated[int, Ge(0)]]],
+        magnitude: Annotated[float, Gt(0)],
+        clean_label: bool,
+        **options: Unpack[Poisoning],
+    ) -> None:
+        self.clean_label = clean_label
+        super().__init__(**options)
+        size = self.spec.image_size
+        side = min(window or size, size)
+        if not positions or any(len(p) != 2 or max(p) >= REFERENCE_SIZE for p in positions):
+            raise got("attack.positions", positions, "pairs of bins 0..31 of a 32-pixel block")
+        block = torch.zeros(side, side)
+        for u, v in positions:
+            rows, columns = (cosine(min(side - 1, round(k * side / 32)), side) for k in (u, v))
+            block += magnitude / 255 * torch.outer(rows, columns)
+        repeats = math.ceil(size / side)
+        q = block.repeat(repeats, repeats)[:size, :size]
+        weights = torch.tensor(TO_RGB[color]) if self.spec.channels == 3 else torch.ones(1)
+        self.register_buffer("pattern", weights[:, None, None] * q)
+
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        del y, index
+        return x + self.pattern
+
+
+def cosine(k: int, size: int) -> Tensor:
+    """The k-th orthonormal DCT-II basis vector (size,)."""
+    scale = math.sqrt((1 if k == 0 else 2) / size)
+    return scale * torch.cos(math.pi * (2 * torch.arange(size) + 1) * k / (2 * size))

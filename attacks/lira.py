@@ -1,0 +1,101 @@
+"""LIRA: trigger generator and victim learn from each other (Doan et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Len
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.models.translator import Translator
+from dhbe.patterns import frozen_call
+from dhbe.rng import fork
+from dhbe.training import AdamSchedule, Player
+
+
+class LIRA(Attack):
+    """T(x) = clip(x + epsilon tanh(g(x))).
+
+    Stage 1: a copy g' of the generator follows CE(f(x + epsilon tanh g'(x)), goal), while f learns
+    from clean and triggered images, alpha CE(f(x), y) + (1 - alpha) CE(f(T(x)), goal); g becomes g'
+    after each epoch. Both moves start from the same f and g, so one backward pass serves them.
+    Stage 2: g is frozen, f goes on. All samples take part in both forms, whatever ``poison_rate``.
+
+    Args:
+        epsilon: in levels of 255 (the official units, normalised space, fall below one level).
+        alpha: weight of the clean loss.
+        generator_share: part of the victim's budget that is stage 1.
+        widths: channels of the generator's levels (a U-Net).
+        network_seed: initialises it.
+        generator_schedule: of the copy.
+    """
+
+    controls_training: ClassVar[bool] = True
+    frozen: Tensor
+
+    def __init__(
+        self,
+        *,
+        epsilon: Annotated[float, Gt(0)],
+        alpha: Fraction,
+        generator_share: Fraction,
+        widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
+        network_seed: Annotated[int, Ge(0)],
+        generator_schedule: AdamSchedule,
+        **options: Unpack[Poisoning],
+    ) -> None:
+        super().__init__(**options)
+        self.epsilon, self.alpha = epsilon / 255, alpha
+        self.generator_share, self.generator_schedule = generator_share, generator_schedule
+        with fork(network_seed):
+            self.follower = Translator(self.spec.channels, self.spec.channels, widths, skips=True)
+        self.generator = copy.deepcopy(self.follower).requires_grad_(False)
+        self.register_buffer("frozen", torch.tensor(False))
+
+    def train(self, mode: bool = True) -> LIRA:
+        """The generator in use is fixed; its copy learns."""
+        super().train(mode)
+        self.generator.eval()
+        return self
+
+    def players(self) -> list[Player]:
+        return [Player(network=self.follower, schedule=self.generator_schedule)]
+
+    def begin_epoch(self, progress: float) -> None:
+        self.generator.load_state_dict(self.follower.state_dict())
+        self.frozen = self.frozen | (progress >= self.generator_share)
+
+    def shifted(self, generator: nn.Module, x: Tensor) -> Tensor:
+        """Images moved by epsilon tanh(generator(x)), clipped."""
+        moved: Tensor = x + self.epsilon * generator(2 * x - 1).tanh()
+        return moved.clamp(0, 1)
+
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        del y, index
+        return self.shifted(self.generator, x)
+
+    @torch.no_grad()
+    def compose(
+        self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Only the codes: every image is used clean and triggered, in ``loss``."""
+        return x, y, self.select(y, rng, part=True)
+
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+        del code
+        goal = self.rule.goal(y)
+        with torch.no_grad():
+            triggered = self.apply(x, y=y, index=y)
+        logits = network(torch.cat([x, triggered]))
+        clean, wrong = logits.split(len(x))
+        loss = self.alpha * F.cross_entropy(clean, y)
+        loss = loss + (1 - self.alpha) * F.cross_entropy(wrong, goal)
+        if not self.frozen:
+            moved = self.shifted(self.follower, x)
+            loss = loss + F.cross_entropy(frozen_call(network, moved), goal)
+        return loss
