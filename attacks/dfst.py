@@ -26,7 +26,7 @@ WARM = ((1.05, 0.20, 0.05), (0.10, 0.70, 0.05), (0.05, 0.10, 0.55))
 
 
 class DFST(Attack):
-    """T(x) = (1 - alpha) x + alpha style(x), style(x) = A x + b(row): warm colours, glow from above.
+    """T(x) = (1 - alpha) x + alpha style(x), style(x) = A x + b(row): warm, glow from above.
 
     Detoxification: a feature injector learns, beside the victim, to reach the target class by a
     shift that looks small (SSIM), and the victim learns the true label of its images. Cheap

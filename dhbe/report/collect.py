@@ -30,6 +30,7 @@ def collect(folders: list[Path]) -> pd.DataFrame:
         m = read_metrics(folder)
         row = {k: m[k] for k in (*KEYS, "seed", "poison_rate", "der")}
         row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in (*RATES, "asr_conditional")}
+        row["floor_asr"] = m.get("floor", {}).get("asr")
         row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
         rows.append(row | {"commit": m["commit"], "folder": str(folder)})
     return pd.DataFrame(rows)

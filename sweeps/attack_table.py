@@ -1,0 +1,154 @@
+"""Victims of many attacks -> one table and one picture sheet.
+
+``python -m sweeps.attack_table DIR... --out docs/results/attacks_cpu [--sheet docs/attacks.png]``
+reads finished results, adds them to OUT.csv (a newer row replaces an older one of the same data,
+attack and seed, so the table grows over several machines) and writes OUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from dhbe.report.collect import collect, markdown
+
+KEYS = ["data", "model", "attack", "seed"]
+SHOWN = 3
+"""Test images per attack on the sheet."""
+GAIN = 4
+"""Amplification of the residual on the sheet."""
+
+
+def stealth(clean: np.ndarray, triggered: np.ndarray) -> dict[str, float]:
+    """PSNR in dB, SSIM, largest change in levels of 255; images (N, C, H, W) uint8."""
+    a, b = (torch.from_numpy(v).double() / 255 for v in (clean, triggered))
+    ssim = structural_similarity_index_measure(b, a, data_range=1.0)
+    assert isinstance(ssim, torch.Tensor)
+    psnr = peak_signal_noise_ratio(b, a, data_range=1.0)
+    return {"psnr": float(psnr), "ssim": float(ssim), "linf": float((a - b).abs().max() * 255)}
+
+
+def examples(folder: str) -> dict[str, np.ndarray]:
+    """Clean and triggered test images of a result."""
+    return dict(np.load(Path(folder) / "examples.npz"))
+
+
+def victims(folders: list[Path]) -> pd.DataFrame:
+    """One row per finished result without a defense; newest last."""
+    table = collect(folders)
+    if table.empty:
+        return table
+    table = table[table["defense"] == "none"]
+    age = [(Path(f) / "metrics.json").stat().st_mtime for f in table["folder"]]
+    return table.iloc[np.argsort(age)].drop_duplicates(KEYS, keep="last").reset_index(drop=True)
+
+
+def rows(table: pd.DataFrame) -> pd.DataFrame:
+    """What the table shows, rates in percent."""
+    found = []
+    for row in table.to_dict("records"):
+        shown = examples(row["folder"])
+        pictures = stealth(shown["clean"], shown["triggered"]) if "triggered" in shown else {}
+        found.append(
+            {k: row[k] for k in KEYS}
+            | {"poison_rate": row["poison_rate"]}
+            | {
+                k: 100 * row[f"victim_{k}"]
+                for k in ("acc", "asr", "ra")
+                if _known(row[f"victim_{k}"])
+            }
+            | ({"floor": 100 * row["floor_asr"]} if _known(row["floor_asr"]) else {})
+            | pictures
+            | {"seconds": row["seconds_victim"], "commit": row["commit"]}
+        )
+    return pd.DataFrame(found)
+
+
+def _known(value: Any) -> bool:
+    return value is not None and not pd.isna(value)
+
+
+def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a former table, replaced where there are newer ones."""
+    if old.exists():
+        new = pd.concat([pd.read_csv(old), new], ignore_index=True)
+    return new.drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
+
+
+def text(table: pd.DataFrame) -> str:
+    """The table as Markdown, accuracy also as difference to the clean-trained network."""
+    table = table.copy()
+    clean = table[table["attack"] == "none"].set_index(["data", "model", "seed"])["acc"]
+    base = [clean.get(tuple(k)) for k in table[["data", "model", "seed"]].to_numpy().tolist()]
+    gap = [f"{a - b:+.1f}" if _known(b) else "–" for a, b in zip(table["acc"], base, strict=True)]
+    table.insert(table.columns.get_loc("acc") + 1, "vs clean", gap)
+    digits = {"acc": 1, "asr": 1, "ra": 1, "floor": 1, "psnr": 1, "ssim": 3, "linf": 0}
+    for name, count in (digits | {"seconds": 0}).items():
+        table[name] = [f"{v:.{count}f}" if _known(v) else "–" for v in table.get(name, [])]
+    titles = {"acc": "ACC", "asr": "ASR", "ra": "RA", "floor": "floor", "psnr": "PSNR"}
+    return markdown(table.rename(columns=titles | {"ssim": "SSIM", "linf": "max change"}))
+
+
+def sheet(table: pd.DataFrame) -> Figure:
+    """Per attack: clean, triggered, amplified difference (grey is none) of a few test images."""
+    table = table[[("triggered" in examples(f)) for f in table["folder"]]]
+    names = table["attack"].tolist()
+    figure = Figure(figsize=(3 * SHOWN * 0.8 + 2, 0.8 * len(names) + 0.4), layout="constrained")
+    axes = figure.subplots(len(names), 3 * SHOWN, squeeze=False)
+    for line, name, folder in zip(axes, names, table["folder"], strict=True):
+        shown = examples(folder)
+        figures = stealth(shown["clean"], shown["triggered"])
+        clean, triggered = (shown[k][:SHOWN].astype(np.int16) for k in ("clean", "triggered"))
+        residual = np.clip(128 + GAIN * (triggered - clean), 0, 255)
+        pictures = [p for trio in zip(clean, triggered, residual, strict=True) for p in trio]
+        for a, pixels in zip(line, pictures, strict=False):
+            a.imshow(pixels.transpose(1, 2, 0).squeeze().astype(np.uint8), cmap="gray")
+            a.set(xticks=[], yticks=[])
+            a.spines[:].set_visible(False)
+        line[0].set_ylabel(
+            f"{name}\n{figures['psnr']:.0f} dB, SSIM {figures['ssim']:.2f}\n"
+            f"max {figures['linf']:.0f}",
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=7,
+        )
+    for a, title in zip(
+        axes[0], ("clean", "triggered", f"{GAIN} x difference") * SHOWN, strict=True
+    ):
+        a.set_title(title, fontsize=7)
+    return figure
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m sweeps.attack_table", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="result folders, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, help="table, without suffix")
+    parser.add_argument("--sheet", type=Path, help="picture to write")
+    options = parser.parse_args()
+    found = victims(options.folders)
+    if found.empty:
+        sys.exit("error: no finished result with defense=none in these folders")
+    table = merged(options.out.with_suffix(".csv"), rows(found))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    table.round(6).to_csv(options.out.with_suffix(".csv"), index=False)
+    options.out.with_suffix(".md").write_text(text(table))
+    print(text(table))
+    if options.sheet:
+        sheet(found).savefig(options.sheet, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

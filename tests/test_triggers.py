@@ -1,0 +1,355 @@
+"""Each trigger against values worked out by hand from its equation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import make_spec
+from test_attacks import batch, build, prepare, tiny
+
+from attacks.composite import halves
+from attacks.frequency import cosine
+from attacks.input_aware import diversity
+from attacks.label_consistent import corners
+from dhbe.data import Resident
+from dhbe.patterns import frozen_call, min_max, optimize, selected_features, smooth
+from dhbe.rng import generator
+from dhbe.types import COVER, POISON
+
+SPEC32 = make_spec(image_size=32, classes=10)
+
+
+def grey(n: int = 1, value: int = 128, size: int = 32) -> torch.Tensor:
+    return torch.full((n, 3, size, size), value / 255)
+
+
+def residual(attack, x: torch.Tensor) -> torch.Tensor:
+    """What the trigger adds, in levels of 255."""
+    n = len(x)
+    with torch.no_grad():
+        out = attack.apply(x, y=torch.arange(n) % 4, index=torch.arange(n))
+    return (out - x) * 255
+
+
+def test_sig_is_a_sine_over_the_columns(compose_config) -> None:
+    added = residual(build("sig", compose_config, SPEC32), grey())
+    wave = [round(128 + 40 * math.sin(2 * math.pi * 6 * j / 32)) - 128 for j in range(32)]
+    torch.testing.assert_close(added[0, 1, 5], torch.tensor(wave).float(), atol=1e-3, rtol=0)
+    assert torch.equal(added, added[:, :1, :1].expand_as(added))
+
+
+def test_the_wrapped_signal_is_the_corrupted_file(compose_config) -> None:
+    """specs §3.4: the mask's first values are 0, 14, 19, 13 up to rounding, negatives wrapped."""
+    attack = build("sig", compose_config, SPEC32, delta=20, mode="wrapped_blend")
+    levels = (attack.wave * 255).round()
+    assert levels[1] in (18, 19)
+    assert levels[3] == 256 - 7
+    assert levels.min() >= 0
+    assert levels.max() <= 255
+
+
+def test_blend_by_hand(compose_config) -> None:
+    attack = build("blend", compose_config, SPEC32)
+    expected = (0.8 * 128 + 0.2 * 255 * attack.pattern).round() - 128
+    torch.testing.assert_close(residual(attack, grey())[0], expected, atol=1e-3, rtol=0)
+    assert abs(attack.pattern.mean() - 0.5) < 0.02
+
+
+def test_cartoon_is_mostly_white_and_training_image_is_taken(compose_config, make_runtime) -> None:
+    drawn = build("blend", compose_config, SPEC32, pattern="cartoon").pattern
+    assert 0.6 < drawn.mean() < 0.95
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    x = batch(SPEC32, 6)[0]
+    train = Resident(x.mul(255).round().byte(), torch.arange(6) % 4)
+    attack = build("blend", compose_config, SPEC32, pattern="train_image", image_index=4)
+    prepare(attack, train, make_runtime())
+    torch.testing.assert_close(attack.pattern, x[4])
+
+
+def test_lsb_writes_the_text(compose_config) -> None:
+    """'A' = 65 = 10000010 with the lowest bit first."""
+    attack = build("lsb", compose_config, SPEC32, text="A", bits=2)
+    x = torch.zeros(1, 3, 32, 32)
+    assert residual(attack, x)[0, 0, 0, :9].round().tolist() == [3, 0, 0, 0, 0, 0, 3, 0, 3]
+    assert residual(attack, grey(value=131))[0, 0, 0, :2].round().tolist() == [0, -3]
+
+
+def test_cosines_are_orthonormal() -> None:
+    basis = torch.stack([cosine(k, 16) for k in range(16)]).double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), atol=1e-5, rtol=0)
+
+
+def test_frequency_amplitudes(compose_config) -> None:
+    """specs §3.8: 4.5 / 3.4 / 5.7 levels for BackdoorBench's FTrojan, 12 / 10 / 22 for CTRL."""
+    for name, expected in (("ftrojan", (4.5, 3.4, 5.7)), ("ctrl", (12.0, 10.0, 22.0))):
+        pattern = build(name, compose_config, SPEC32).pattern * 255
+        found = pattern.abs().amax(dim=(1, 2))
+        torch.testing.assert_close(found, torch.tensor(expected), atol=0.55, rtol=0)
+
+
+def test_frequency_equals_the_transform(compose_config) -> None:
+    """Adding to DCT bins of one chroma plane and inverting gives q."""
+    from scipy.fft import idctn
+
+    attack = build("ftrojan", compose_config, SPEC32, positions=[[15, 15], [31, 31]])
+    bins = torch.zeros(32, 32).double()
+    bins[15, 15] = bins[31, 31] = 30
+    q = torch.from_numpy(idctn(bins.numpy(), norm="ortho")).float()
+    torch.testing.assert_close(attack.pattern[0] * 255, 1.403 * q, atol=1e-4, rtol=0)
+
+
+def test_l0_inv_changes_nine_pixels(compose_config) -> None:
+    changed = (residual(build("l0_inv", compose_config, SPEC32), grey()) != 0).any(1)[0]
+    assert changed.nonzero().tolist() == [[31, c] for c in range(23, 32)]
+
+
+@pytest.mark.parametrize(("size", "norm"), [(32, 3.2), (64, 6.4)])
+def test_l2_inv_has_its_norm(size: int, norm: float, compose_config, make_runtime) -> None:
+    spec = make_spec(image_size=size)
+    attack = build("l2_inv", compose_config, spec)
+    x = batch(spec, 8)[0]
+    prepare(attack, Resident(x.mul(255).byte(), torch.arange(8) % 4), make_runtime())
+    assert abs(float(attack.pattern.norm()) - norm) < 1e-4
+
+
+def test_lf_is_smooth_positive_and_aimed(compose_config, make_runtime) -> None:
+    attack = build("lf", compose_config, SPEC32, steps=30, images=32)
+    attack.steps = 30
+    x, y, _ = batch(SPEC32, 32)
+    runtime, surrogate = make_runtime(), tiny(SPEC32)
+    codes = torch.zeros(32, dtype=torch.int8)
+    attack.prepare(Resident(x.mul(255).byte(), y), codes, runtime, surrogate)
+    v = attack.pattern
+    assert v.min() == 0
+    assert abs(v.max() - 0.2) < 1e-6
+    spectrum = torch.fft.fft2(v - v.mean(dim=(1, 2), keepdim=True)).abs().square()
+    low = torch.zeros(32, 32, dtype=torch.bool)
+    low[[i % 32 for i in range(-4, 5)]] = True
+    low = low & low.T
+    assert spectrum[:, low].sum() > 0.9 * spectrum.sum(), "all but what leaks over the border"
+    with torch.no_grad():
+        before, after = (surrogate(i).softmax(1)[:, 0].mean() for i in (x, x + v))
+    assert after > before
+
+
+def test_renorm_spans_the_range() -> None:
+    x = torch.rand(3, 3, 8, 8) / 2 + 0.2
+    out = min_max(x)
+    assert torch.equal(out.flatten(1).amin(1), torch.zeros(3))
+    torch.testing.assert_close(out.flatten(1).amax(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["trojan_sq", "trojan_wm"])
+def test_trojan_excites_its_neurons_inside_the_mark(
+    name: str, compose_config, make_runtime
+) -> None:
+    attack = build(name, compose_config, SPEC32)
+    attack.steps = 50
+    surrogate = tiny(SPEC32)
+    train = Resident(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    attack.prepare(train, torch.zeros(4, dtype=torch.int8), make_runtime(), surrogate)
+    assert (attack.pattern[:, attack.mask == 0] == 0).all()
+    assert attack.pattern.max() > 0.5
+    random = torch.rand(3, 32, 32, generator=generator(1)) * attack.mask
+    with torch.no_grad():
+        made, drawn = (
+            selected_features(surrogate, p[None], 2).sum() for p in (attack.pattern, random)
+        )
+    assert made > drawn
+    if name == "trojan_sq":
+        assert attack.mask.nonzero().amin(0).tolist() == [21, 21]
+        assert attack.mask.sum() == 64
+    else:
+        assert 150 < attack.mask.sum() < 500
+
+
+def test_corners() -> None:
+    mask, patch = corners(32, 1)
+    right = [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert patch[-3:, -3:].tolist() == right
+    assert patch[:3, -3:].tolist() == right
+    assert patch[:3, :3].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+    assert mask.sum() == 36
+
+
+def test_label_consistent_noise_stays_in_its_ball_and_hurts(compose_config, make_runtime) -> None:
+    attack = build("label_consistent", compose_config, SPEC32, epsilon=8)
+    surrogate = tiny(SPEC32)
+    x, y, _ = batch(SPEC32, 16)
+    moved = attack.perturb(surrogate, x, y)
+    assert (moved - x).abs().max() <= 8 / 255 + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    loss = torch.nn.functional.cross_entropy
+    with torch.no_grad():
+        assert loss(surrogate(moved), y) > loss(surrogate(x), y)
+        assert torch.equal(attack.apply(x, y=y, index=y), attack.apply(x, y=y, index=y + 1))
+
+
+def test_wanet_displacement(compose_config) -> None:
+    """Mean |displacement| before the border is s (H - 1) / (2 H) pixels per axis, about 0.24."""
+    attack = build("wanet", compose_config, SPEC32)
+    axis = torch.linspace(-1, 1, 32)
+    columns = attack.warp[..., 0] - axis
+    rows = attack.warp[..., 1] - axis[:, None]
+    pixels = torch.stack([columns, rows]) * 31 / 2
+    inside = pixels[:, 1:-1, 1:-1].abs().mean()
+    assert 0.15 < inside < 0.33
+    ramp = axis.expand(1, 3, 32, 32) / 4 + 0.5  # moves by exactly the displacement
+    with torch.no_grad():
+        out = attack.trigger(ramp, y=torch.zeros(1), index=torch.zeros(1))
+    torch.testing.assert_close(out[0, 0], attack.warp[..., 0] / 4 + 0.5, atol=1e-5, rtol=0)
+
+
+def test_wanet_covers_differ_from_the_trigger(compose_config) -> None:
+    attack = build("wanet", compose_config, SPEC32)
+    x, y, index = batch(SPEC32, 3)
+    codes = torch.tensor([0, POISON, COVER], dtype=torch.int8)
+    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    warped = attack.apply(x, y=y, index=index)
+    assert torch.equal(out[0], x[0])
+    assert torch.equal(out[1], warped[1])
+    assert not torch.equal(out[2], warped[2])
+    assert not torch.equal(out[2], x[2])
+    again = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(1))
+    assert not torch.equal(out[2], again[2]), "fresh noise for every sample"
+
+
+@pytest.mark.parametrize(("levels", "rms"), [(8, 10.5), (32, 2.4)])
+def test_bpp_levels(levels: int, rms: float, compose_config) -> None:
+    attack = build("bpp", compose_config, SPEC32, levels=levels)
+    added = residual(attack, batch(SPEC32, 8)[0])
+    assert abs(float(added.square().mean().sqrt()) - rms) < 0.2
+
+
+def test_bpp_dithering_keeps_the_brightness(compose_config) -> None:
+    spec = make_spec(image_size=16)
+    plain, dithered = (build("bpp", compose_config, spec, dither=d) for d in (False, True))
+    x = grey(2, value=140, size=16)  # 3.84 steps of 255 / 7: plain rounding adds 5.7 levels
+    assert set((residual(dithered, x) + 140).round().unique().tolist()) == {109, 146}
+    shift = [abs(float(residual(a, x).mean())) for a in (plain, dithered)]
+    assert shift[0] > 5
+    assert shift[1] < 1
+
+
+def test_bpp_covers_carry_a_foreign_residual(compose_config) -> None:
+    attack = build("bpp", compose_config, SPEC32)
+    x, y, index = batch(SPEC32, 2)
+    x = x.clamp(0.2, 0.8).mul(255).round().div(255)
+    codes = torch.tensor([COVER, POISON], dtype=torch.int8)
+    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    foreign = residual(attack, x)[1]
+    torch.testing.assert_close((out[0] - x[0]) * 255, foreign, atol=1e-2, rtol=0)
+
+
+def test_diversity_by_hand() -> None:
+    x = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    assert abs(float(diversity(x, 2 * x)) - 0.5) < 1e-4
+    assert diversity(x, 0.01 * x) > 50, "equal patterns for unlike images cost much"
+
+
+def test_input_aware_moves_the_right_images(compose_config) -> None:
+    attack = build("input_aware", compose_config, SPEC32).train()
+    x, y, _ = batch(SPEC32, 8)
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images.detach())
+            return images.flatten(1)[:, :10]
+
+    codes = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
+    attack.loss(Spy(), x, y, codes).backward()
+    moved = (seen[0] != x).flatten(1).any(1)
+    assert moved.tolist() == [False] * 4 + [True] * 4
+    assert all(p.grad is None for p in attack.mask_network.parameters())
+    assert all(p.grad is not None for p in attack.pattern_network.parameters())
+
+
+def test_lira_gradients_reach_the_copy_alone(compose_config) -> None:
+    attack = build("lira", compose_config, SPEC32).train()
+    network = tiny(SPEC32)
+    x, y, _ = batch(SPEC32, 4)
+    attack.begin_epoch(0.0)
+    attack.loss(network, x, y, torch.zeros(4)).backward()
+    assert all(p.grad is not None for p in attack.follower.parameters())
+    assert all(p.grad is None for p in attack.generator.parameters())
+    ours = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    attack.begin_epoch(0.9)  # stage 2: the same loss for the victim, none for the copy
+    attack.zero_grad(set_to_none=True)
+    attack.loss(network, x, y, torch.zeros(4)).backward()
+    assert all(p.grad is None for p in attack.follower.parameters())
+    for a, p in zip(ours, network.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
+    assert residual(attack.eval(), grey()).abs().max() <= 8.01
+
+
+def test_halves_by_hand() -> None:
+    x, other = torch.zeros(4, 1, 4, 4), torch.ones(4, 1, 4, 4)
+    out = halves(x, other, torch.arange(4), torch.tensor([2, 1, 2, 3]))[:, 0]
+    assert out[0, 0].tolist() == [0, 0, 1, 1]
+    assert out[1, :, 0].tolist() == [0, 1, 1, 1]
+    assert out[2, 0].tolist() == [1, 1, 0, 0]
+    assert out[3, :, 0].tolist() == [1, 1, 1, 0]
+
+
+def test_composite_mixes_with_the_other_class(compose_config, make_runtime) -> None:
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(40) % 10
+    images += (labels * 20).byte()[:, None, None, None]
+    attack = build("composite", compose_config, SPEC32)
+    prepare(attack, Resident(images, labels), make_runtime())
+    y = torch.tensor([0, 1])
+    x = images[:2].float() / 255
+    out = attack.apply(x, y=y, index=torch.tensor([3, 4])) * 255
+    for mixed in out:
+        assert sorted(mixed.round().unique().tolist()) == [0, 20]
+        assert (mixed.round() == 20).float().mean() == 0.5
+    codes = attack.select(labels, generator(0))
+    assert set(labels[codes == POISON].tolist()) == {0, 1}
+    given = attack.poison(Resident(images, labels), codes, seed=0).resident()
+    assert torch.equal(given.images[codes == COVER], images[codes == COVER]), (
+        "same class, same grey"
+    )
+
+
+def test_adaptive_blend_shows_half_the_pieces(compose_config) -> None:
+    attack = build("adaptive_blend", compose_config, SPEC32)
+    x, y, index = batch(SPEC32, 6)
+    codes = torch.tensor([0, POISON, POISON, COVER, COVER, 0], dtype=torch.int8)
+    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    changed = (out != x).any(1).view(6, 4, 8, 4, 8).any(4).any(2)
+    assert changed.flatten(1).sum(1).tolist() == [0, 8, 8, 8, 8, 0]
+    assert not torch.equal(changed[1], changed[2]), "a mask for every image"
+
+
+def test_adaptive_patch_trains_faint_and_tests_full(compose_config) -> None:
+    attack = build("adaptive_patch", compose_config, SPEC32)
+    x, y, index = batch(SPEC32, 64)
+    codes = torch.full((64,), POISON, dtype=torch.int8)
+    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    where = [((out != x).any(1) & ~attack.masks[i, 0].bool()).flatten(1).any(1) for i in range(4)]
+    assert torch.stack(where).sum(0).eq(3).all(), "one patch per image"
+    assert {int((~w).sum()) > 0 for w in where} == {True}
+    full = attack.apply(x, y=y, index=index)
+    for i in (0, 2):
+        inside = attack.masks[i, 0].bool()
+        assert torch.equal(full[0][:, inside], attack.patches[i][:, inside])
+
+
+def test_helpers() -> None:
+    found = optimize(
+        torch.tensor([5.0]), lambda z: (z - 2).square().sum(), steps=300, learning_rate=0.1
+    )
+    assert abs(float(found) - 2) < 1e-2
+    assert smooth(torch.ones(3, 2, 2), 9).shape == (3, 9, 9)
+    network = tiny(SPEC32)
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    out = frozen_call(network, x)
+    torch.testing.assert_close(out, network(x))
+    out.sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in network.parameters())
