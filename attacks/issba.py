@@ -103,7 +103,8 @@ class ISSBA(Attack):
 
     def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
         del y, index
-        return x + self.encoder(x, self.secret.to(x.dtype).expand(len(x), -1))
+        residual: Tensor = self.encoder(x, self.secret.to(x.dtype).expand(len(x), -1))
+        return x + residual
 
     def train(self, mode: bool = True) -> ISSBA:
         """Once made, the encoder is fixed: it has no place in the victim's training."""

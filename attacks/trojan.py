@@ -87,4 +87,5 @@ def watermark(size: int) -> Tensor:
     font = ImageFont.load_default(size=size * 0.36)
     for line, text in enumerate(("TROJ", "AN.W", "MARK")):
         pen.text((0, line * size * 0.31 - size * 0.06), text, fill=255, font=font)
-    return (pil_to_tensor(canvas)[0] > 127).float()
+    mask: Tensor = pil_to_tensor(canvas)[0] > 127
+    return mask.float()

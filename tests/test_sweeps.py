@@ -1,0 +1,87 @@
+"""Tables of a sweep from synthetic result folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import CONF, ROOT, names
+from test_report import write_cell
+
+from sweeps.attack_table import merged, rows, stealth, text, victims
+
+
+def write_attack(folder: Path, attack: str, acc: float, floor: float | None = None) -> None:
+    write_cell(folder, seed=0, asr=1.0, defense="none")
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"attack": attack}
+    metrics["victim"]["acc"] = acc
+    if floor is not None:
+        metrics["floor"] = {"asr": floor}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    clean = np.full((4, 3, 16, 16), 100, dtype=np.uint8)
+    arrays = {"clean": clean, "index": np.arange(4)}
+    if attack != "none":
+        arrays["triggered"] = clean + 51
+    np.savez(folder / "examples.npz", **arrays)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    write_attack(tmp_path / "r" / "a", "none", 0.85)
+    write_attack(tmp_path / "r" / "b", "blend", 0.84, floor=0.05)
+    write_cell(tmp_path / "r" / "c", seed=0, asr=0.1, defense="clp")
+    return tmp_path / "r"
+
+
+def test_table_by_hand(results: Path) -> None:
+    table = rows(victims([results])).set_index("attack")
+    assert list(table.index) == ["none", "blend"] or list(table.index) == ["blend", "none"]
+    row = table.loc["blend"]
+    assert (row["acc"], row["floor"], round(row["linf"])) == (84.0, 5.0, 51)
+    assert abs(row["psnr"] - 20 * np.log10(5)) < 1e-6  # 51 of 255 is a fifth
+    written = text(table.reset_index())
+    assert "| 84.0 | -1.0 |" in written
+    assert "| 85.0 | +0.0 |" in written
+
+
+def test_rows_of_other_machines_stay(results: Path, tmp_path: Path) -> None:
+    new = rows(victims([results]))
+    old = new.assign(acc=1.0, attack=["none", "wanet"])
+    old.to_csv(tmp_path / "old.csv", index=False)
+    both = merged(tmp_path / "old.csv", new).set_index("attack")["acc"]
+    assert both.to_dict() == {"none": 85.0, "blend": 84.0, "wanet": 1.0}
+
+
+def test_identical_images_are_perfectly_stealthy() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
+    found = stealth(image, image)
+    assert (found["ssim"], found["linf"]) == (1.0, 0.0)
+
+
+def test_command_writes_table_and_sheet(results: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sweeps.attack_table", str(results)]
+    command += ["--out", str(tmp_path / "t"), "--sheet", str(tmp_path / "t.png")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert len(pd.read_csv(tmp_path / "t.csv")) == 2
+    assert (tmp_path / "t.md").read_text().count("blend") == 1
+    assert (tmp_path / "t.png").stat().st_size > 1000
+    empty = [*command[:3], str(tmp_path / "nothing"), "--out", str(tmp_path / "u")]
+    failed = subprocess.run(empty, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "no finished result" in failed.stderr
+
+
+def test_the_attack_sweep_covers_the_zoo() -> None:
+    """Each attack at CPU scale: its ``_cpu`` config where there is one."""
+    node = yaml.safe_load((ROOT / "sweeps" / "attacks_cpu.yaml").read_text())
+    swept = node["hydra"]["sweeper"]["params"]["attack"].split(",")
+    every = set(names("attack"))
+    assert set(swept) == {a for a in every if f"{a}_cpu" not in every}
+    for sweep in (CONF / "sweep").glob("*.yaml"):
+        assert sweep.read_text().startswith("# @package _global_\n# Claim: ")
