@@ -1,21 +1,23 @@
 """The game as a literal loop: what ``dhbe/game`` is compared with, in numbers and in speed.
 
 Written from the published objectives without any of our savings: full precision, channels first,
-images and patches generated with a graph and detached, gradients computed for the weights of every
-network that a loss passes through (and, for the teacher, never cleared), patches padded to the size
-of the image and added in pixel space.
+images upsampled and then convolved, images and patches generated with a graph and detached,
+gradients computed for the weights of every network that a loss passes through (and, for the
+teacher, never cleared), patches padded to the size of the image and added in pixel space.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.game import ImageGenerator, Noise, TriggerNetwork
+from dhbe.game.generator import UpConv
 
 
 @dataclass
@@ -97,6 +99,11 @@ def tv(x: Tensor, size) -> Tensor:
     return right + down + up_right + down_right
 
 
+def upsample_then_convolve(layer: UpConv, x: Tensor) -> Tensor:
+    """What ``UpConv`` stands for, in two steps."""
+    return F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
+
+
 def literal_copy(
     network: nn.Module,
     generator: ImageGenerator,
@@ -113,6 +120,8 @@ def literal_copy(
         copy.deepcopy(m).to(memory_format=first)
         for m in (network, network, generator, trigger_network)
     ]
+    for layer in (m for p in players for m in p.modules() if isinstance(m, UpConv)):
+        layer.forward = MethodType(upsample_then_convolve, layer)  # type: ignore[method-assign]
     return LiteralGame(
         *players,
         mean=mean,

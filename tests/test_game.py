@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.literal import LiteralGame, literal_copy
+from benchmarks.literal import LiteralGame, literal_copy, upsample_then_convolve
 from dhbe.errors import DivergenceError
 from dhbe.game import (
     Distillation,
@@ -23,6 +23,7 @@ from dhbe.game import (
     Weights,
     add_patches,
 )
+from dhbe.game.generator import UpConv
 from dhbe.losses import total_variation_l1, total_variation_l2
 from dhbe.models.preact import WideResNet
 
@@ -327,3 +328,19 @@ def test_divergence_at_once_is_an_error() -> None:
     game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64), student=1e300)
     with pytest.raises(DivergenceError, match=r"lower defense\.rates\.student"):
         play(game, iterations=2)
+
+
+def test_upconv_equals_upsampling_then_convolution() -> None:
+    """Values and all gradients, in double precision."""
+    torch.manual_seed(0)
+    layer = UpConv(3, 5, 3, padding=1).double()
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    wanted = (x, layer.weight, layer.bias)
+    ours, plain = layer(x), upsample_then_convolve(layer, x)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
+    weights = torch.randn_like(ours)
+    pairs = zip(
+        *(torch.autograd.grad((o * weights).sum(), wanted) for o in (ours, plain)), strict=True
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)

@@ -22,10 +22,25 @@ def initial_size(size: int, bases: tuple[int, ...]) -> tuple[int, int]:
     raise ValueError(f"size {size}: expected one of {bases} times a power of two")
 
 
-def conv_block(width_in: int, width: int) -> nn.Sequential:
-    """3x3 convolution, BatchNorm, LeakyReLU(0.2); the resolution stays."""
+class UpConv(nn.Conv2d):
+    """Nearest-neighbour upsampling x2, then a 3x3 convolution, in one step.
+
+    Each output pixel sees only 2x2 different input pixels, so both together are a transposed 4x4
+    convolution of stride 2 whose kernel holds sums of the 3x3 weights: the same result with 16
+    instead of 36 products per input pixel.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        w = self.weight.flip(2, 3)
+        shifts = itertools.product(((0, 1), (1, 0)), repeat=2)
+        kernel = torch.stack([F.pad(w, columns + rows) for rows, columns in shifts]).sum(dim=0)
+        return F.conv_transpose2d(input, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+def up_block(width_in: int, width: int) -> nn.Sequential:
+    """Upsampling x2, 3x3 convolution, BatchNorm, LeakyReLU(0.2)."""
     return nn.Sequential(
-        nn.Conv2d(width_in, width, 3, padding=1),
+        UpConv(width_in, width, 3, padding=1),
         nn.BatchNorm2d(width),
         nn.LeakyReLU(0.2, inplace=True),
     )
@@ -50,7 +65,7 @@ class Upsampler(nn.Module):
         widths = [2 * width] * doublings + [width]
         self.project = nn.Linear(latent, widths[0] * self.base**2)
         self.entry = nn.BatchNorm2d(widths[0])
-        self.blocks = nn.ModuleList(conv_block(a, b) for a, b in itertools.pairwise(widths))
+        self.blocks = nn.ModuleList(up_block(a, b) for a, b in itertools.pairwise(widths))
         self.exit = exit
 
     def forward(self, z: Tensor) -> Tensor:
@@ -58,7 +73,7 @@ class Upsampler(nn.Module):
         x = self.project(z).unflatten(1, (-1, self.base, self.base))
         x = self.entry(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
-            x = block(F.interpolate(x, scale_factor=2))
+            x = block(x)
         images: Tensor = self.exit(x)
         return images
 
