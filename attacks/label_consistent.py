@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from dhbe.adversarial import pgd
 from dhbe.attack import Attack, Poisoning
 from dhbe.data import ImageSet, to_float
 from dhbe.models import Normalized
@@ -64,19 +64,16 @@ class LabelConsistent(Attack):
         parts = []
         for images, labels in zip(chosen.images.split(256), chosen.labels.split(256), strict=True):
             x = to_float(images).to(runtime.dtype)
-            parts.append(self.perturb(surrogate, x, labels).mul(255).round().byte())
+            noisy = pgd(
+                surrogate,
+                x,
+                labels,
+                epsilon=self.epsilon,
+                step_size=self.step_size,
+                steps=self.steps,
+            )
+            parts.append(noisy.mul(255).round().byte())
         self.noisy, self.noisy_index = torch.cat(parts), index.to(self.patch.device)
-
-    def perturb(self, surrogate: Normalized, x: Tensor, y: Tensor) -> Tensor:
-        """Images after PGD ascent on the surrogate's cross-entropy."""
-        moved = x
-        for _ in range(self.steps):
-            moved = moved.detach().requires_grad_(True)
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(F.cross_entropy(surrogate(moved), y), moved)
-            moved = moved + self.step_size * slope.sign()
-            moved = moved.clamp(x - self.epsilon, x + self.epsilon).clamp(0, 1)
-        return moved.detach()
 
     def stamp(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator

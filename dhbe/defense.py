@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
 
@@ -12,11 +12,8 @@ from dhbe.data import Budget, DefenderData
 from dhbe.errors import ArtefactError, BudgetError, DivergenceError
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
+from dhbe.selection import Selection
 from dhbe.types import DataSpec, Suspect
-
-Selection = Literal["fixed", "validation", "oracle"]
-"""How a threshold or epoch is chosen: given beforehand, on the budget's validation part, or (marked
-in every table) with eyes on the test set."""
 
 
 class Defense(ABC):

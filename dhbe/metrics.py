@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.stats import binomtest
@@ -88,3 +89,14 @@ def der(acc: tuple[float, float], asr: tuple[float, float]) -> float:
     [max(0, drop of ASR) - max(0, drop of ACC) + 1] / 2.
     """
     return (max(0.0, asr[0] - asr[1]) - max(0.0, acc[0] - acc[1]) + 1) / 2
+
+
+def outliers(values: np.ndarray, limit: float, *, side: Literal["above", "below"]) -> list[int]:
+    """Positions farther than ``limit`` scaled deviations from the median, on one side of it.
+
+    The deviation is 1.4826 times the median absolute deviation, which is the standard deviation of
+    a normal distribution (Neural Cleanse's anomaly index).
+    """
+    away = values - np.median(values)
+    scaled = away / max(1.4826 * float(np.median(np.abs(away))), 1e-12)
+    return np.flatnonzero(scaled > limit if side == "above" else scaled < -limit).tolist()

@@ -149,7 +149,7 @@ def compute(
             before = evaluator.predict(made.network)
     suspect = Suspect(network=made.network, architecture=choices["model"], spec=parts.spec)
     with clock.stage("defense"):
-        data = grant(parts, splits, made, seed)
+        data = grant(parts, splits, made, seed, evaluator)
         purified = parts.defense(suspect, data, runtime)
     if evaluator is not None:
         with clock.stage("evaluate"):
@@ -247,16 +247,36 @@ def obtain_victim(
     return victim.VictimStore(Path(tree["paths"]["victims"])).obtain(recipe, network, attack, make)
 
 
-def grant(parts: Parts, splits: Splits | None, made: victim.Victim, seed: int) -> DefenderData:
+def grant(
+    parts: Parts,
+    splits: Splits | None,
+    made: victim.Victim,
+    seed: int,
+    evaluator: Evaluator | None,
+) -> DefenderData:
     """The defender's data: the pool within the budget, and the poisoned set only if granted."""
-    poisoned = None
+    poisoned = oracle = None
     if splits is None:
         return DefenderData(parts.budget, pool=None, train_size=0, seed=seed)
     if parts.budget.poisoned:
         poisoned = made.attack.poison(splits.train, made.codes, seed=seed).resident()
-    size = len(splits.train) + len(splits.pool)
+
+    @torch.no_grad()
+    def stamp(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        device = parts.trainer.device
+        attack = made.attack.to(device).eval()
+        return attack.apply(x.to(device), y=y.to(device), index=index.to(device))
+
+    if parts.defense.selection == "oracle" and evaluator is not None:
+        oracle = evaluator.observer()
     return DefenderData(
-        parts.budget, pool=splits.pool, train_size=size, seed=seed, poisoned=poisoned
+        parts.budget,
+        pool=splits.pool,
+        train_size=len(splits.train) + len(splits.pool),
+        seed=seed,
+        poisoned=poisoned,
+        trigger=stamp if made.attack.active else None,
+        oracle=oracle,
     )
 
 

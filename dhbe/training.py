@@ -87,6 +87,7 @@ class AdamSchedule(Schedule):
         batch_size: Annotated[int, Ge(2)],
         learning_rate: Annotated[float, Gt(0)],
         betas: Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)],
+        weight_decay: Annotated[float, Ge(0)] = 0.0,
         schedule: Literal["multistep", "cosine", "onecycle"],
         milestones: list[Annotated[float, Gt(0), Le(1)]],
         decay: Annotated[float, Gt(0), Le(1)],
@@ -97,7 +98,7 @@ class AdamSchedule(Schedule):
             learning_rate=learning_rate,
             momentum=0.0,
             nesterov=False,
-            weight_decay=0.0,
+            weight_decay=weight_decay,
             schedule=schedule,
             milestones=milestones,
             decay=decay,
@@ -105,10 +106,14 @@ class AdamSchedule(Schedule):
         self.betas = betas
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        """Adam over all parameters."""
+        """Adam over all parameters that require a gradient."""
         first, second = self.betas
-        parameters = network.parameters()
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=(first, second))
+        return torch.optim.Adam(
+            [p for p in network.parameters() if p.requires_grad],
+            lr=self.learning_rate,
+            betas=(first, second),
+            weight_decay=self.weight_decay,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,10 @@ class Supervised(pl.LightningModule):
         role: who is trained (``victim``, ``student``); the logged loss is ``<role>/loss``.
         players: networks that learn in the same steps from the same loss.
         beside: module whose state belongs to the training and goes into its checkpoints.
+        train_mode: False keeps the network in eval mode (BatchNorm statistics, dropout).
+        before_epoch: called with the fraction of the budget that is spent.
+        after_step: called after every step, for projections.
+        clip: bound of the norm of the network's gradient.
     """
 
     def __init__(
@@ -139,13 +148,18 @@ class Supervised(pl.LightningModule):
         loss: Loss = cross_entropy,
         players: Sequence[Player] = (),
         beside: nn.Module | None = None,
+        train_mode: bool = True,
+        before_epoch: Callable[[float], None] | None = None,
+        after_step: Callable[[], None] | None = None,
+        clip: float | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.role = role
         self.network, self.batches, self.schedule, self.loss = network, batches, schedule, loss
         self.players = [Player(network=network, schedule=schedule), *players]
-        self.beside = beside
+        self.beside, self.train_mode = beside, train_mode
+        self.before_epoch, self.after_step, self.clip = before_epoch, after_step, clip
         self._sum: Tensor | None = None
 
     def configure_optimizers(self) -> Any:
@@ -159,8 +173,11 @@ class Supervised(pl.LightningModule):
         return optimizers, rates
 
     def on_train_epoch_start(self) -> None:
-        """Choose the epoch's order and augmentation."""
+        """Choose the epoch's order and augmentation, and the network's mode."""
         self.batches.set_epoch(self.current_epoch)
+        self.network.train(self.train_mode)
+        if self.before_epoch is not None:
+            self.before_epoch(self.current_epoch / self.schedule.epochs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of every player."""
@@ -172,11 +189,15 @@ class Supervised(pl.LightningModule):
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         for optimizer in optimizers:
             optimizer.step()
         for rate in rates if isinstance(rates, list) else [rates]:
             assert rate is not None
             rate.step()
+        if self.after_step is not None:
+            self.after_step()
         self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
         return loss.detach()
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from pytorch_lightning.callbacks import LambdaCallback
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,13 +84,9 @@ def train(
         loss=loss,
         players=attack.players(),
         beside=attack,
+        before_epoch=attack.begin_epoch,
     )
-    epochs = LambdaCallback(
-        on_train_epoch_start=lambda trainer, _: attack.begin_epoch(
-            trainer.current_epoch / schedule.epochs
-        )
-    )
-    runtime.fit(module, batches, epochs=schedule.epochs, callbacks=[epochs])
+    runtime.fit(module, batches, epochs=schedule.epochs)
     attack.eval()
     return codes
 

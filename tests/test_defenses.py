@@ -30,22 +30,33 @@ DEFENSES = names("defense")
 SHORT = {
     "epochs": 2,
     "iterations": 1,
-    "batch_size": 4,
+    "batch_size": 8,
     "latent": 4,
     "width": 2,
     "patch_latent": 4,
     "patch_width": 2,
+    "steps": 2,
+    "population": 8,
+    "generations": 2,
+    "verification": 4,
+    "backgrounds": 3,
+    "inputs": 2,
 }
-"""Shrinks the game for tests."""
+"""Options that only cost time, at every depth of a config."""
 
 
-def build(name: str, compose_config) -> Defense:
-    node = plain(compose_config(f"defense={name}"))["defense"]
-    if "student_moves" in node:
-        node |= SHORT
-    if "schedule" in node:
-        node["schedule"]["epochs"] = 2
-    return instantiate(node, _convert_="all")
+def shrink(node):
+    """The same node with small values for the options of ``SHORT``."""
+    if not isinstance(node, dict):
+        return node
+    return {k: SHORT.get(k, shrink(v)) for k, v in node.items()}
+
+
+def build(name: str, compose_config, **options) -> Defense:
+    node = shrink(plain(compose_config(f"defense={name}"))["defense"])
+    if "betas" in node and "teacher_schedule" in node:
+        node["betas"] = [1.0, 1.0]  # the test network has two stages
+    return instantiate(node | options, _convert_="all")
 
 
 def suspect(seed: int = 0, **changes) -> Suspect:
@@ -73,17 +84,43 @@ class Forbidden(DefenderData):
     def _never(self, *args, **kwargs):
         raise AssertionError("a data-free defense asked for data")
 
-    clean = validation = poisoned = incoming = _never
+    clean = validation = poisoned = incoming = oracle = _never
 
 
 def granted(images: Resident, **budget) -> DefenderData:
     return DefenderData(Budget(name="test", **budget), pool=images, train_size=400, seed=0)
 
 
+def white_corner(x, y, index):
+    """A trigger for incoming and poisoned images."""
+    out = x.clone()
+    out[:, :, -3:, -3:] = 1
+    return out
+
+
+def rich(images: Resident) -> DefenderData:
+    """Everything that any defense may ask for."""
+    stamped = white_corner(images.images / 255, None, None).mul(255).byte()
+    poisoned = Resident(
+        torch.cat([images.images, stamped[:8]]), torch.cat([images.labels, images.labels[:8] * 0])
+    )
+    return DefenderData(
+        Budget(name="test", fraction=0.1, poisoned=True, incoming=4),
+        pool=images,
+        train_size=400,
+        seed=0,
+        poisoned=poisoned,
+        trigger=white_corner,
+    )
+
+
 def test_all_defenses_are_listed() -> None:
     files = {p.stem for p in (CONF.parent / "defenses").glob("[a-z]*.py")}
-    assert files == {"none", "dhbe", "clp", "finetune"}
-    assert len(DEFENSES) == 12
+    named = (
+        "trap_and_replace ulrl nft fip ngf rnp awm pbe ssft cetf ft_sam fine_pruning nad anp i_bau"
+    )
+    assert files == {"none", "dhbe", "clp", "finetune", "neural_cleanse", "abl", *named.split()}
+    assert len(DEFENSES) == 32
     assert files <= set(DEFENSES)
 
 
@@ -91,10 +128,11 @@ def test_all_defenses_are_listed() -> None:
 def test_contract(name: str, compose_config, images: Resident, make_runtime) -> None:
     defense, victim = build(name, compose_config), suspect()
     before = copy.deepcopy(victim.network.state_dict())
-    free = not (defense.needs.clean or defense.needs.poisoned)
+    needs = defense.needs
+    free = not (needs.clean or needs.poisoned or needs.incoming)
     results = []
     for work in ("a", "b"):
-        data = Forbidden(Budget(name="none")) if free else granted(images, fraction=0.1)
+        data = Forbidden(Budget(name="none")) if free else rich(images)
         runtime = make_runtime(work=work)
         results.append(defense(victim, data, runtime))
     for key, value in victim.network.state_dict().items():
@@ -109,11 +147,26 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
 
 
 @pytest.mark.parametrize("name", DEFENSES)
+def test_no_look_beyond_the_needs(name: str, compose_config, images, make_runtime) -> None:
+    """With exactly what it declares and nothing else, every defense runs."""
+    defense = build(name, compose_config)
+    needs = defense.needs
+    data = rich(images)
+    if not needs.clean:
+        data.clean = data.validation = Forbidden(Budget())._never  # type: ignore[method-assign]
+    if not needs.poisoned:
+        data._poisoned = None
+    if not needs.incoming:
+        data._incoming = None
+    defense(suspect(), data, make_runtime())
+
+
+@pytest.mark.parametrize("name", DEFENSES)
 def test_nan_weights_are_refused(name: str, compose_config, images, make_runtime) -> None:
     victim = suspect()
     next(victim.network.parameters()).data[0] = float("nan")
     with pytest.raises(ArtefactError, match="NaN"):
-        build(name, compose_config)(victim, granted(images, fraction=0.1), make_runtime())
+        build(name, compose_config)(victim, rich(images), make_runtime())
 
 
 def test_budget_below_the_needs_is_refused_before_work(compose_config) -> None:
@@ -148,7 +201,30 @@ def test_defender_gets_what_is_granted_and_no_more(images: Resident) -> None:
 
 def test_defender_data_has_no_door_to_the_test_set() -> None:
     public = {n for n in dir(DefenderData) if not n.startswith("_")}
-    assert public == {"clean", "validation", "poisoned", "incoming"}
+    assert public == {"clean", "validation", "poisoned", "incoming", "oracle"}
+
+
+def test_oracle_is_closed_unless_it_is_chosen(images: Resident) -> None:
+    with pytest.raises(BudgetError, match=r"defense\.selection=oracle opens it"):
+        granted(images, fraction=0.1).oracle(nn.Identity())
+    data = DefenderData(
+        Budget(), pool=images, train_size=400, seed=0, oracle=lambda net: {"acc": 1.0, "asr": 0.5}
+    )
+    assert data.oracle(nn.Identity()) == {"acc": 1.0, "asr": 0.5}
+
+
+def test_incoming_images_are_half_triggered_and_not_the_granted_ones(images: Resident) -> None:
+    def whiten(x, y, index):
+        return torch.ones_like(x)
+
+    budget = Budget(fraction=0.1, incoming=10)
+    data = DefenderData(budget, pool=images, train_size=400, seed=0, trigger=whiten)
+    inputs = data.incoming()
+    white = (inputs.images == 255).flatten(1).all(1)
+    assert white.tolist() == [True, False] * 5
+    assert inputs.labels.eq(-1).all()
+    own = {tuple(x.flatten()[:50].tolist()) for x in data.clean().resident().images}
+    assert not own & {tuple(x.flatten()[:50].tolist()) for x in inputs.images[1::2]}
 
 
 def test_channel_lipschitz_by_singular_values() -> None:

@@ -13,6 +13,7 @@ from attacks.composite import halves
 from attacks.frequency import cosine
 from attacks.input_aware import diversity
 from attacks.label_consistent import corners
+from dhbe.adversarial import pgd
 from dhbe.data import Resident
 from dhbe.patterns import frozen_call, min_max, optimize, selected_features, smooth
 from dhbe.rng import generator
@@ -174,18 +175,29 @@ def test_corners() -> None:
     assert mask.sum() == 36
 
 
-def test_label_consistent_noise_stays_in_its_ball_and_hurts(compose_config, make_runtime) -> None:
-    attack = build("label_consistent", compose_config, SPEC32, epsilon=8)
+def test_adversarial_noise_stays_in_its_ball_and_hurts() -> None:
     surrogate = tiny(SPEC32)
     x, y, _ = batch(SPEC32, 16)
-    moved = attack.perturb(surrogate, x, y)
+    moved = pgd(surrogate, x, y, epsilon=8 / 255, step_size=2 / 255, steps=4)
     assert (moved - x).abs().max() <= 8 / 255 + 1e-6
     assert moved.min() >= 0
     assert moved.max() <= 1
     loss = torch.nn.functional.cross_entropy
     with torch.no_grad():
         assert loss(surrogate(moved), y) > loss(surrogate(x), y)
-        assert torch.equal(attack.apply(x, y=y, index=y), attack.apply(x, y=y, index=y + 1))
+
+
+def test_label_consistent_trains_noisy_and_tests_plain(compose_config, make_runtime) -> None:
+    attack = build("label_consistent", compose_config, SPEC32, poison_rate=0.05)
+    x, y, index = batch(SPEC32, 40)
+    train = Resident(x.mul(255).round().byte(), torch.arange(40) % 10)
+    codes = prepare(attack, train, make_runtime())
+    given = attack.poison(train, codes, seed=0).resident().images[codes == POISON] / 255
+    plain = attack.apply(x, y=y, index=index)[codes == POISON]
+    inside = attack.mask[None, None].expand_as(plain) > 0
+    assert torch.equal(given[inside], plain[inside])
+    apart = (given - plain).abs()[~inside]
+    assert 0 < apart.max() <= 16.01 / 255
 
 
 def test_wanet_displacement(compose_config) -> None:

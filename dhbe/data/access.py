@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Le
-from torch import Tensor
+from torch import Tensor, nn
 
 from dhbe.data.images import ImageSet, Resident
+from dhbe.data.loader import to_float
 from dhbe.data.splits import proportional
 from dhbe.errors import BudgetError
 from dhbe.rng import generator
@@ -62,6 +64,10 @@ class DefenderData:
         pool: clean images set aside for the defender, disjoint from the attacker's.
         train_size: number of images that ``budget.fraction`` refers to.
         poisoned: the poisoned training set, given only if the budget grants it.
+        trigger: (images, labels, positions) -> triggered images; stamps every other one of the
+            incoming images, which come from the rest of the pool, and is not kept.
+        oracle: measures ACC and ASR of a network on the test set; given only to a defense whose
+            ``selection`` is ``oracle``, which marks its rows in every table.
     """
 
     def __init__(
@@ -72,13 +78,17 @@ class DefenderData:
         train_size: int,
         seed: int,
         poisoned: Resident | None = None,
-        incoming: Resident | None = None,
+        trigger: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        oracle: Callable[[nn.Module], dict[str, float]] | None = None,
     ) -> None:
         self.budget, self.seed = budget, seed
-        self._pool, self._poisoned, self._incoming = pool, poisoned, incoming
+        self._pool, self._poisoned, self._oracle = pool, poisoned, oracle
+        self._incoming: Resident | None = None
         self._chosen = torch.empty(0, dtype=torch.int64)
         if pool is not None and budget.clean:
             self._chosen = self._draw(pool.labels, train_size)
+        if pool is not None and budget.incoming and trigger is not None:
+            self._incoming = self._arrive(pool, trigger)
 
     def _draw(self, labels: Tensor, train_size: int) -> Tensor:
         """Positions of the granted clean images in the pool, balanced over the classes."""
@@ -104,6 +114,21 @@ class DefenderData:
                 f"{len(labels)}; raise data.pool_fraction or choose a smaller budget"
             )
         return proportional(labels, count, rng)
+
+    def _arrive(
+        self, pool: ImageSet, trigger: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Resident:
+        """Incoming images, triggered and clean in turn; their labels stay with the evaluation."""
+        free = torch.ones(len(pool), dtype=torch.bool)
+        free[self._chosen] = False
+        rest = free.nonzero().flatten()
+        order = torch.randperm(len(rest), generator=generator(self.seed, "incoming"))
+        index = rest[order[: self.budget.incoming]]
+        part = pool.subset(index).resident()
+        stamped = trigger(to_float(part.images), part.labels, index).mul(255).round().byte()
+        even = (torch.arange(len(index)) % 2 == 0)[:, None, None, None]
+        unknown = torch.full_like(part.labels, -1)
+        return Resident(torch.where(even, stamped.cpu(), part.images), unknown)
 
     def _refuse(self, what: str) -> BudgetError:
         return BudgetError(
@@ -139,7 +164,20 @@ class DefenderData:
         return self._poisoned
 
     def incoming(self) -> Resident:
-        """Inputs seen at inference time, without labels of any use."""
+        """Inputs seen at inference time, some of them triggered; all labels are -1."""
         if self._incoming is None:
             raise self._refuse("incoming images")
         return self._incoming
+
+    def oracle(self, network: nn.Module) -> dict[str, float]:
+        """``acc`` and ``asr`` on the test set: no defender can know them.
+
+        Raises:
+            BudgetError: the defense's selection is not ``oracle``.
+        """
+        if self._oracle is None:
+            raise BudgetError(
+                "the test set serves evaluation alone; defense.selection=oracle opens it and marks "
+                "the result as a best case"
+            )
+        return self._oracle(network)

@@ -63,6 +63,7 @@ class TrainingBatches:
         images: the (poisoned) training set of N images, with the labels to train on.
         codes: what was done to each image (N,); default: nothing.
         spec: says how to augment.
+        steps: batches per epoch, drawn with replacement (ANP, NFT, FIP); None: each image once.
         compose: makes each batch what it is, before augmentation; the generator is the epoch's.
     """
 
@@ -76,9 +77,11 @@ class TrainingBatches:
         device: torch.device,
         codes: Tensor | None = None,
         compose: Compose | None = None,
+        steps: int | None = None,
     ) -> None:
         self.images, self.spec, self.device, self.compose = images, spec, device, compose
-        self.batch_size, self.seed = min(batch_size, len(images)), seed
+        self.batch_size = batch_size if steps else min(batch_size, len(images))
+        self.seed, self.steps = seed, steps
         self.labels = images.labels.to(device)
         unmarked = torch.full((len(images),), CLEAN, dtype=torch.int8)
         self.codes = (unmarked if codes is None else codes).to(device)
@@ -86,7 +89,7 @@ class TrainingBatches:
 
     def __len__(self) -> int:
         """Batches per epoch; a ragged last one is dropped."""
-        return len(self.images) // self.batch_size
+        return self.steps or len(self.images) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
@@ -95,8 +98,11 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[Batch]:
         rng = torch.Generator(device=self.device)
         rng.manual_seed(derive_seed(self.seed, "batches", self.epoch))
-        order = torch.randperm(len(self.images), generator=rng, device=self.device)
-        order = order[: len(self) * self.batch_size]
+        total, count = len(self.images), len(self) * self.batch_size
+        if self.steps:
+            order = torch.randint(total, (count,), generator=rng, device=self.device)
+        else:
+            order = torch.randperm(total, generator=rng, device=self.device)[:count]
         for raw, index in self.images.batches(order, self.batch_size):
             raw, index = raw.to(self.device), index.to(self.device)
             labels, codes = self.labels[index], self.codes[index]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from dhbe.rng import fork
 from dhbe.types import DataSpec
 
 
@@ -46,3 +49,14 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(self.normalize(x))
         return logits
+
+
+def fresh(network: Normalized, seed: int) -> Normalized:
+    """The same architecture with newly drawn weights, for defenses that train from scratch."""
+    drawn = copy.deepcopy(network).cpu()
+    with fork(seed):
+        for module in drawn.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return drawn.to(network.mean.device, network.mean.dtype)

@@ -1,0 +1,102 @@
+"""ABL: anti-backdoor learning on a poisoned training set (Li et al., NeurIPS 2021, 2110.11571)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Gt, Lt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, to_float
+from dhbe.defense import Defense
+from dhbe.models import Normalized
+from dhbe.models.normalized import fresh
+from dhbe.runtime import Runtime
+from dhbe.training import Loss, Schedule, Supervised
+from dhbe.types import Batch
+
+
+class ABL(Defense):
+    """Train anew: isolate what is learnt too easily, learn the rest, unlearn the isolated.
+
+    1. ``isolation_schedule`` with local gradient ascent, sign(CE - gamma) CE per image, or
+       flooding, |CE - gamma| + gamma; both hold the loss at gamma, and poison sinks below.
+    2. The ``share`` of images with the lowest cross-entropy is isolated.
+    3. ``schedule`` on the others; 4. ``unlearn_schedule`` of gradient ascent on the isolated.
+
+    Args:
+        trap: which loss step 1 uses.
+    """
+
+    needs: ClassVar[Budget] = Budget(poisoned=True)
+
+    def __init__(
+        self,
+        *,
+        trap: Literal["local_ascent", "flooding"],
+        gamma: Annotated[float, Gt(0)],
+        share: Annotated[float, Gt(0), Lt(1)],
+        isolation_schedule: Schedule,
+        schedule: Schedule,
+        unlearn_schedule: Schedule,
+    ) -> None:
+        self.trap, self.gamma, self.share = trap, gamma, share
+        self.isolation_schedule, self.schedule = isolation_schedule, schedule
+        self.unlearn_schedule = unlearn_schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        given = data.poisoned()
+        network = fresh(network, runtime.derive("abl"))
+
+        def train(name: str, images: Resident, schedule: Schedule, loss: Loss) -> None:
+            own = runtime.stage(name)
+            batches = TrainingBatches(
+                images,
+                spec=network.spec,
+                batch_size=schedule.batch_size,
+                seed=runtime.derive("abl", name),
+                device=runtime.device,
+            )
+            module = Supervised(network, batches, schedule, role=name, loss=loss)
+            own.fit(module, batches, epochs=schedule.epochs)
+
+        def trapped(net: nn.Module, batch: Batch) -> Tensor:
+            logits = net(batch.images.to(runtime.dtype))
+            if self.trap == "flooding":
+                mean = F.cross_entropy(logits, batch.labels)
+                return (mean - self.gamma).abs() + self.gamma
+            return local_ascent(F.cross_entropy(logits, batch.labels, reduction="none"), self.gamma)
+
+        def learn(net: nn.Module, batch: Batch) -> Tensor:
+            return F.cross_entropy(net(batch.images.to(runtime.dtype)), batch.labels)
+
+        def forget(net: nn.Module, batch: Batch) -> Tensor:
+            return -learn(net, batch)
+
+        train("isolate", given, self.isolation_schedule, trapped)
+        easy = losses(network, given, runtime).argsort()[: round(self.share * len(given))]
+        rest = torch.ones(len(given), dtype=torch.bool)
+        rest[easy] = False
+        train("learn", given.subset(rest.nonzero().flatten()), self.schedule, learn)
+        train("unlearn", given.subset(easy), self.unlearn_schedule, forget)
+        runtime.recorder.notes.append(f"abl isolated {len(easy)} images")
+        return network
+
+
+def local_ascent(each: Tensor, gamma: float) -> Tensor:
+    """Mean of sign(l - gamma) l over losses (B,): ascent where a loss is below gamma."""
+    return ((each.detach() - gamma).sign() * each).mean()
+
+
+@torch.no_grad()
+def losses(network: Normalized, images: Resident, runtime: Runtime) -> Tensor:
+    """Cross-entropy of each image (N,), in eval mode."""
+    network.eval()
+    parts = []
+    for raw, index in images.batches(torch.arange(len(images)), 500):
+        logits = network(to_float(raw.to(runtime.device)).to(runtime.dtype))
+        labels = images.labels[index.cpu()].to(runtime.device)
+        parts.append(F.cross_entropy(logits, labels, reduction="none").cpu())
+    return torch.cat(parts)

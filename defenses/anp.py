@@ -1,0 +1,146 @@
+"""ANP: adversarial neuron pruning (Wu & Wang, NeurIPS 2021, arXiv 2110.14430)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.defense import Defense
+from dhbe.features import unrecorded
+from dhbe.masks import Scale, attach, clamp, fold, norms, prune
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.selection import Selection, strongest
+from dhbe.training import Schedule, Supervised
+from dhbe.types import Batch
+
+
+class ANP(Defense):
+    """Prune the BatchNorm channels whose masks fall when neurons are disturbed.
+
+    gamma (m + d) and beta (1 + e): per batch, noises d, e in [-eps, eps] start at random and climb
+    the cross-entropy by sign steps; masks m in [0, 1] descend alpha CE(clean) + (1 - alpha)
+    CE(disturbed). Then gamma = 0 for all channels with m at or below a threshold.
+
+    Args:
+        epsilon: bound of the noise.
+        alpha: weight of the undisturbed loss.
+        noise_steps: sign steps of epsilon / noise_steps.
+        steps: batches per epoch, drawn with replacement.
+        threshold: used with ``selection=fixed``; else thresholds 0, 0.05 ... 0.9 are tried.
+        max_drop: of validation accuracy (a fraction), with ``selection=validation``.
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9)
+
+    def __init__(
+        self,
+        *,
+        epsilon: Annotated[float, Gt(0)],
+        alpha: Annotated[float, Ge(0), Le(1)],
+        noise_steps: Annotated[int, Ge(1)],
+        steps: Annotated[int, Ge(1)],
+        threshold: Annotated[float, Ge(0), Le(1)],
+        selection: Selection,
+        max_drop: Annotated[float, Ge(0), Le(1)],
+        schedule: Schedule,
+    ) -> None:
+        self.epsilon, self.alpha, self.noise_steps = epsilon, alpha, noise_steps
+        self.steps, self.threshold, self.selection = steps, threshold, selection
+        self.max_drop, self.schedule = max_drop, schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        masks = self.learn_masks(network, data, runtime)
+
+        def cut(net: Normalized, threshold: float) -> int:
+            return prune(norms(net, method="anp"), masks, threshold)
+
+        threshold = self.threshold
+        if self.selection == "fixed":
+            cut(network, threshold)
+        else:
+            tried = [i / 20 for i in range(19)]
+            threshold, network = strongest(
+                network,
+                tried,
+                cut,
+                data=data,
+                runtime=runtime,
+                selection=self.selection,
+                max_drop=self.max_drop,
+            )
+        total = sum(int((m <= threshold).sum()) for m in masks)
+        runtime.recorder.notes.append(f"anp pruned {total} channels, threshold {threshold}")
+        return network
+
+    def learn_masks(
+        self, network: Normalized, data: DefenderData, runtime: Runtime
+    ) -> list[Tensor]:
+        """Masks (C,) of all BatchNorms; the network is left as it was."""
+        before = {k: v.clone() for k, v in network.state_dict().items()}
+        layers = norms(network, method="anp")
+        network.requires_grad_(False)
+        weights, biases = attach(layers), attach(layers, "bias")
+        for scale in biases:
+            scale.mask.requires_grad_(False)
+        batches = TrainingBatches(
+            data.clean(hold_out_validation=self.selection == "validation"),
+            spec=network.spec,
+            batch_size=self.schedule.batch_size,
+            seed=runtime.derive("anp"),
+            device=runtime.device,
+            steps=self.steps,
+        )
+        rng = runtime.rng("anp noise", device=runtime.device)
+        scales = [*weights, *biases]
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            x, y = batch.images.to(runtime.dtype), batch.labels
+            self.disturb(net, scales, x, y, rng)
+            noisy = F.cross_entropy(unrecorded(net, x), y)
+            calm(scales)
+            return self.alpha * F.cross_entropy(net(x), y) + (1 - self.alpha) * noisy
+
+        module = Supervised(
+            network,
+            batches,
+            self.schedule,
+            role="masks",
+            loss=loss,
+            after_step=lambda: clamp(weights),
+        )
+        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        masks = [s.mask.detach().clone() for s in weights]
+        fold(layers, keep=False)
+        fold(layers, "bias", keep=False)
+        network.load_state_dict(before)
+        network.eval().requires_grad_(True)
+        return masks
+
+    def disturb(
+        self, net: nn.Module, scales: list[Scale], x: Tensor, y: Tensor, rng: torch.Generator
+    ) -> None:
+        """Set all noises: uniform, then sign ascent on the cross-entropy, inside [-eps, eps]."""
+        for scale in scales:
+            drawn = torch.rand(scale.noise.shape, generator=rng, device=rng.device)
+            scale.noise = self.epsilon * (2 * drawn.to(scale.noise.dtype) - 1)
+        for _ in range(self.noise_steps):
+            for scale in scales:
+                scale.noise = scale.noise.detach().requires_grad_(True)
+            noises = [s.noise for s in scales]
+            slopes = torch.autograd.grad(F.cross_entropy(unrecorded(net, x), y), noises)
+            for scale, slope in zip(scales, slopes, strict=True):
+                moved = scale.noise.detach() + self.epsilon / self.noise_steps * slope.sign()
+                scale.noise = moved.clamp(-self.epsilon, self.epsilon)
+            torch.clear_autocast_cache()
+
+
+def calm(scales: list[Scale]) -> None:
+    """Take all noises away."""
+    for scale in scales:
+        scale.noise = torch.zeros_like(scale.noise)

@@ -1,0 +1,118 @@
+"""AWM: adversarial weight masking (Chai & Chen, NeurIPS 2022, arXiv 2207.04497)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from dhbe.adversarial import universal
+from dhbe.data import Budget, DefenderData, ImageSet, Resident, TrainingBatches
+from dhbe.defense import Defense
+from dhbe.errors import ConfigError
+from dhbe.masks import attach, clamp, fold
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.training import AdamSchedule, Supervised
+from dhbe.types import Batch
+
+
+class AWM(Defense):
+    """Soft masks in [0, 1] on every convolution weight, against a universal perturbation.
+
+    Outer loop: (1) a universal delta from zero, one pass of SGD ascent, scaled to ||delta||_1 <=
+    ``norm``; (2) one pass of Adam on the masks, alpha CE(x) + (1 - alpha) CE(clip(x + delta)) +
+    sparsity ||M||_1. The network stays in eval mode, so BatchNorm keeps its statistics.
+
+    Args:
+        alpha: weight of the clean loss (0.99 for one image per class).
+        norm: bound tau of the perturbation's l1 norm, in pixels of [0, 1], for 32-pixel images.
+        delta_rate: learning rate of the ascent.
+        passes: an epoch draws passes * floor(images / batch) batches, with replacement.
+        copies: crops and mirror images added per image when there are fewer than 20 per class
+            (one-shot: 9).
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9)
+
+    def __init__(
+        self,
+        *,
+        alpha: Annotated[float, Ge(0), Le(1)],
+        norm: Annotated[float, Gt(0)],
+        sparsity: Annotated[float, Ge(0)],
+        delta_rate: Annotated[float, Gt(0)],
+        passes: Annotated[int, Ge(1)],
+        copies: Annotated[int, Ge(0)],
+        schedule: AdamSchedule,
+    ) -> None:
+        self.alpha, self.norm, self.sparsity = alpha, norm, sparsity
+        self.delta_rate, self.passes, self.copies = delta_rate, passes, copies
+        self.schedule = schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+        if not convolutions:
+            raise ConfigError("defense=awm: the network has no convolution; use finetune or ft_sam")
+        images = self.enlarged(data.clean(), network, runtime)
+        batch_size = min(self.schedule.batch_size, len(images))
+        batches = TrainingBatches(
+            images,
+            spec=network.spec,
+            batch_size=batch_size,
+            seed=runtime.derive("awm"),
+            device=runtime.device,
+            steps=self.passes * max(1, len(images) // batch_size),
+        )
+        network.requires_grad_(False)
+        scales = attach(convolutions)
+        delta = torch.zeros(1)
+        bound = self.norm * (network.spec.image_size / 32) ** 2
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            x, y = batch.images.to(runtime.dtype), batch.labels
+            clean = F.cross_entropy(net(x), y)
+            wrong = F.cross_entropy(net((x + delta).clamp(0, 1)), y)
+            size = torch.stack([s.mask.abs().sum() for s in scales]).sum()
+            return self.alpha * clean + (1 - self.alpha) * wrong + self.sparsity * size
+
+        def perturb(_: float) -> None:
+            nonlocal delta
+            found = universal(network, batches, learning_rate=self.delta_rate)
+            delta = found * (bound / found.abs().sum().clamp_min(1e-12)).clamp_max(1)
+
+        module = Supervised(
+            network,
+            batches,
+            self.schedule,
+            role="masks",
+            loss=loss,
+            train_mode=False,
+            before_epoch=perturb,
+            after_step=lambda: clamp(scales),
+        )
+        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        fold(convolutions)
+        return network
+
+    def enlarged(self, clean: ImageSet, network: Normalized, runtime: Runtime) -> Resident:
+        """The clean images and, if they are few, random crops and mirror images of them."""
+        given = clean.resident()
+        if len(given) >= 20 * network.spec.classes or not self.copies:
+            return given
+        size = network.spec.image_size
+        steps: list[nn.Module] = [v2.RandomResizedCrop(size, antialias=True)]
+        if network.spec.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        change = v2.Compose(steps)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(runtime.derive("awm copies"))
+            more = [change(x) for x in given.images.cpu() for _ in range(self.copies)]
+        images = torch.cat([given.images.cpu(), torch.stack(more)])
+        return Resident(
+            images, torch.cat([given.labels, given.labels.repeat_interleave(self.copies)])
+        )

@@ -1,0 +1,107 @@
+"""I-BAU: minimax unlearning with an implicit hypergradient (Zeng et al., ICLR 2022, 2110.03735)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.adversarial import universal
+from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.defense import Defense
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.training import AdamSchedule, Supervised
+from dhbe.types import Batch
+
+
+class IBAU(Defense):
+    """min_theta max_delta CE(f(x + delta), y) with one universal, unclipped delta.
+
+    Per round (epoch): delta by one pass of SGD ascent from zero; then for each batch one Adam step
+    on the outer loss, cross-entropy with delta added to a small share of the images, whose gradient
+    includes how delta follows theta. The network stays in eval mode.
+
+    Args:
+        delta_rate: learning rate of the ascent.
+        penalty: weight of ||delta||^2 in it.
+        inner_rate: step of the map whose fixed point delta is taken to be.
+        fixed_point_steps: K, terms of the hypergradient's series.
+        share: of the images that get delta in the outer loss (at least one).
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9)
+
+    def __init__(
+        self,
+        *,
+        delta_rate: Annotated[float, Gt(0)],
+        penalty: Annotated[float, Ge(0)],
+        inner_rate: Annotated[float, Gt(0)],
+        fixed_point_steps: Annotated[int, Ge(1)],
+        share: Annotated[float, Gt(0), Le(1)],
+        schedule: AdamSchedule,
+    ) -> None:
+        self.delta_rate, self.penalty, self.inner_rate = delta_rate, penalty, inner_rate
+        self.fixed_point_steps, self.share, self.schedule = fixed_point_steps, share, schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        batches = TrainingBatches(
+            data.clean(),
+            spec=network.spec,
+            batch_size=self.schedule.batch_size,
+            seed=runtime.derive("i_bau"),
+            device=runtime.device,
+        )
+        rng = runtime.rng("i_bau share", device=runtime.device)
+        delta = torch.zeros(1)
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            x, y = batch.images.to(runtime.dtype), batch.labels
+            moving = delta.clone().requires_grad_(True)
+            inner = self.penalty * moving.square().sum() - F.cross_entropy(net(x + moving), y)
+            (slope,) = torch.autograd.grad(inner, moving, create_graph=True)
+            mapped = moving - self.inner_rate * slope
+            count = max(1, int(self.share * len(x)))
+            order = torch.randperm(len(x), generator=rng, device=x.device)
+            marked = (order < count)[:, None, None, None]
+            outer = F.cross_entropy(net(x + marked * moving), y)
+            return implicit(outer, mapped, moving, self.fixed_point_steps)
+
+        def perturb(_: float) -> None:
+            nonlocal delta
+            delta = universal(network, batches, learning_rate=self.delta_rate, penalty=self.penalty)
+
+        module = Supervised(
+            network,
+            batches,
+            self.schedule,
+            role="student",
+            loss=loss,
+            train_mode=False,
+            before_epoch=perturb,
+        )
+        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        return network
+
+
+def implicit(outer: Tensor, mapped: Tensor, delta: Tensor, steps: int) -> Tensor:
+    """A loss whose gradient is that of ``outer`` with delta at the fixed point of ``mapped``.
+
+    With v = sum_{k < steps} (d mapped / d delta)^(T k) d outer / d delta, the gradient is
+    d outer / d theta + (d mapped / d theta)^T v (Grazzi et al. 2020). The value means nothing.
+
+    Args:
+        outer: scalar of theta and delta.
+        mapped: Phi(delta, theta), with a graph.
+        delta: leaf that requires a gradient.
+    """
+    (direct,) = torch.autograd.grad(outer, delta, retain_graph=True)
+    v = direct
+    for _ in range(steps - 1):
+        (carried,) = torch.autograd.grad(mapped, delta, grad_outputs=v, retain_graph=True)
+        v = direct + carried
+    return outer + (mapped * v.detach()).sum()

@@ -1,0 +1,86 @@
+"""NFT: neural mask fine-tuning (Karim et al., ECCV 2024, arXiv 2407.10052)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.defense import Defense
+from dhbe.masks import attach, fold, norms
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.training import Schedule, Supervised
+from dhbe.types import Batch
+
+
+class NFT(Defense):
+    """Tune masks on BatchNorm's gamma alone, with mixup and a pull towards 1.
+
+    min_m E[lambda CE(f(x_mix), y_a) + (1 - lambda) CE(f(x_mix), y_b)] + (pull / N_c) sum |1 - m|,
+    lambda uniform, N_c clean images per class; after each step m is clamped to [low_l, 1], with
+    low_l = alpha_s exp(-beta_s l) for the l-th mask: shallow channels cannot vanish.
+
+    Args:
+        pull: eta_c.
+        floor, decay: alpha_s and beta_s.
+        steps: batches per epoch, drawn with replacement.
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9)
+
+    def __init__(
+        self,
+        *,
+        pull: Annotated[float, Ge(0)],
+        floor: Annotated[float, Ge(0), Le(1)],
+        decay: Annotated[float, Gt(0)],
+        steps: Annotated[int, Ge(1)],
+        schedule: Schedule,
+    ) -> None:
+        self.pull, self.floor, self.decay = pull, floor, decay
+        self.steps, self.schedule = steps, schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        clean = data.clean()
+        layers = norms(network, method="nft")
+        network.requires_grad_(False)
+        scales = attach(layers)
+        lows = [self.floor * math.exp(-self.decay * (i + 1)) for i in range(len(scales))]
+        per_class = len(clean) / network.spec.classes
+        batches = TrainingBatches(
+            clean,
+            spec=network.spec,
+            batch_size=self.schedule.batch_size,
+            seed=runtime.derive("nft"),
+            device=runtime.device,
+            steps=self.steps,
+        )
+        rng = runtime.rng("mixup", device=runtime.device)
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            x, y = batch.images.to(runtime.dtype), batch.labels
+            share = torch.rand((), generator=rng, device=x.device, dtype=x.dtype)  # Beta(1, 1)
+            order = torch.randperm(len(x), generator=rng, device=x.device)
+            logits = net(share * x + (1 - share) * x[order])
+            mixed = share * F.cross_entropy(logits, y)
+            mixed = mixed + (1 - share) * F.cross_entropy(logits, y[order])
+            away = torch.stack([(1 - s.mask).abs().sum() for s in scales]).sum()
+            return mixed + self.pull / per_class * away
+
+        @torch.no_grad()
+        def bound() -> None:
+            for scale, low in zip(scales, lows, strict=True):
+                scale.mask.clamp_(low, 1)
+
+        module = Supervised(
+            network, batches, self.schedule, role="masks", loss=loss, after_step=bound
+        )
+        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        fold(layers)
+        return network

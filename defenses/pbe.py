@@ -1,0 +1,145 @@
+"""PBE and AFT: progressive backdoor erasing by adversarial fine-tuning (Mu et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.adversarial import pgd
+from dhbe.data import Budget, DefenderData, ImageSet, Resident, TrainingBatches, to_float
+from dhbe.defense import Defense
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.training import Schedule, Supervised
+from dhbe.types import Batch
+
+
+class AFT(Defense):
+    """Adversarial fine-tuning on clean images (arXiv 2202.06312).
+
+    The first epochs learn the true labels of untargeted PGD images, which act like triggered ones
+    on a backdoored network; the others learn the clean images.
+
+    Args:
+        epsilon, step_size: of PGD, in levels of 255 (published: 6 and a fifth of it).
+        pgd_steps: of PGD, against the network in eval mode.
+        adversarial_epochs: how many epochs come first.
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9)
+
+    def __init__(
+        self,
+        *,
+        epsilon: Annotated[float, Gt(0)],
+        step_size: Annotated[float, Gt(0)],
+        pgd_steps: Annotated[int, Ge(1)],
+        adversarial_epochs: Annotated[int, Ge(0)],
+        schedule: Schedule,
+    ) -> None:
+        self.epsilon, self.step_size, self.pgd_steps = epsilon / 255, step_size / 255, pgd_steps
+        self.adversarial_epochs, self.schedule = adversarial_epochs, schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        self.tune(network, data.clean(), self.adversarial_epochs, runtime, turn=0)
+        return network
+
+    def tune(
+        self,
+        network: Normalized,
+        images: ImageSet,
+        adversarial_epochs: int,
+        runtime: Runtime,
+        *,
+        turn: int,
+    ) -> None:
+        """The schedule on ``images``, its first epochs adversarial; in place."""
+        batches = TrainingBatches(
+            images,
+            spec=network.spec,
+            batch_size=self.schedule.batch_size,
+            seed=runtime.derive("aft", turn),
+            device=runtime.device,
+        )
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            x, y = batch.images.to(runtime.dtype), batch.labels
+            if batches.epoch < adversarial_epochs:
+                net.eval()
+                x = pgd(
+                    net,
+                    x,
+                    y,
+                    epsilon=self.epsilon,
+                    step_size=self.step_size,
+                    steps=self.pgd_steps,
+                )
+                net.train()
+            return F.cross_entropy(net(x), y)
+
+        module = Supervised(network, batches, self.schedule, role="student", loss=loss)
+        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        network.eval()
+
+
+class PBE(AFT):
+    """No clean images: purify network and training set in turns (arXiv 2202.06312).
+
+    The pool starts as a random ``first_share`` of the poisoned training set. After each round of
+    fine-tuning all training images are ranked by the cosine of the suspect's and the current
+    network's logits; those that kept their answer are clean. The next round uses the top
+    ``shares[r]``. The first round is all adversarial, later ones in their first epoch.
+
+    Args:
+        shares: one per round after the first.
+    """
+
+    needs: ClassVar[Budget] = Budget(poisoned=True)
+
+    def __init__(
+        self,
+        *,
+        epsilon: Annotated[float, Gt(0)],
+        step_size: Annotated[float, Gt(0)],
+        pgd_steps: Annotated[int, Ge(1)],
+        first_share: Annotated[float, Gt(0), Le(1)],
+        shares: list[Annotated[float, Gt(0), Le(1)]],
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(
+            epsilon=epsilon,
+            step_size=step_size,
+            pgd_steps=pgd_steps,
+            adversarial_epochs=1,
+            schedule=schedule,
+        )
+        self.first_share, self.shares = first_share, shares
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        given = data.poisoned()
+        suspect = copy.deepcopy(network)
+        order = torch.randperm(len(given), generator=runtime.rng("pbe pool"))
+        pool = given.subset(order[: round(self.first_share * len(given))])
+        for turn in range(len(self.shares) + 1):
+            adversarial = self.schedule.epochs if turn == 0 else 1
+            self.tune(network, pool, adversarial, runtime.stage(f"round{turn}"), turn=turn)
+            if turn < len(self.shares):
+                likeness = agreement(suspect, network, given, runtime)
+                best = likeness.argsort(descending=True)
+                pool = given.subset(best[: round(self.shares[turn] * len(given))])
+        return network
+
+
+@torch.no_grad()
+def agreement(a: Normalized, b: Normalized, images: Resident, runtime: Runtime) -> Tensor:
+    """Cosine (N,) of the two networks' logits on each image."""
+    parts = []
+    for raw, _ in images.batches(torch.arange(len(images)), 500):
+        x = to_float(raw.to(runtime.device)).to(runtime.dtype)
+        parts.append(F.cosine_similarity(a(x), b(x)).cpu())
+    return torch.cat(parts)

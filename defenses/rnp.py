@@ -1,0 +1,111 @@
+"""RNP: reconstructive neuron pruning (Li et al., ICML 2023, arXiv 2305.14876)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.defense import Defense
+from dhbe.masks import attach, clamp, norms, prune
+from dhbe.models import Normalized
+from dhbe.runtime import Runtime
+from dhbe.selection import Selection, strongest
+from dhbe.training import Schedule, Supervised
+from dhbe.types import Batch
+from dhbe.unlearning import unlearn
+
+
+class RNP(Defense):
+    """Unlearn the clean task, recover it by filter masks, prune what the recovery wants gone.
+
+    1. Ascend the clean cross-entropy until accuracy falls to ``stop_accuracy``.
+    2. With these weights frozen, masks m in [0, 1] on BatchNorm's gamma descend alpha CE.
+    3. In the original network gamma = 0 for all channels with m at or below a threshold.
+
+    Args:
+        unlearn_schedule, recover_schedule: of steps 1 and 2.
+        clip: bound of the gradient's norm in step 1.
+        alpha: factor on the loss of step 2.
+        threshold: used with ``selection=fixed`` (BackdoorBench 0.7); else 0, 0.05 ... 0.9.
+        max_drop: of validation accuracy (a fraction), with ``selection=validation``.
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9)
+
+    def __init__(
+        self,
+        *,
+        stop_accuracy: Annotated[float, Ge(0), Le(1)],
+        clip: Annotated[float, Gt(0)],
+        alpha: Annotated[float, Gt(0)],
+        threshold: Annotated[float, Ge(0), Le(1)],
+        selection: Selection,
+        max_drop: Annotated[float, Ge(0), Le(1)],
+        unlearn_schedule: Schedule,
+        recover_schedule: Schedule,
+    ) -> None:
+        self.stop_accuracy, self.clip, self.alpha = stop_accuracy, clip, alpha
+        self.threshold, self.selection, self.max_drop = threshold, selection, max_drop
+        self.unlearn_schedule, self.recover_schedule = unlearn_schedule, recover_schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        clean = data.clean(hold_out_validation=self.selection == "validation")
+        forgetful = copy.deepcopy(network)
+        unlearn(
+            forgetful,
+            clean,
+            self.unlearn_schedule,
+            runtime,
+            stop_accuracy=self.stop_accuracy,
+            clip=self.clip,
+        )
+        forgetful.requires_grad_(False)
+        scales = attach(norms(forgetful, method="rnp"))
+        batches = TrainingBatches(
+            clean,
+            spec=network.spec,
+            batch_size=self.recover_schedule.batch_size,
+            seed=runtime.derive("rnp"),
+            device=runtime.device,
+        )
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            logits = net(batch.images.to(runtime.dtype))
+            return self.alpha * F.cross_entropy(logits, batch.labels)
+
+        own = runtime.stage("recover")
+        module = Supervised(
+            forgetful,
+            batches,
+            self.recover_schedule,
+            role="masks",
+            loss=loss,
+            after_step=lambda: clamp(scales),
+        )
+        own.fit(module, batches, epochs=self.recover_schedule.epochs)
+        masks = [s.mask.detach() for s in scales]
+
+        def cut(net: Normalized, threshold: float) -> int:
+            return prune(norms(net, method="rnp"), masks, threshold)
+
+        threshold = self.threshold
+        if self.selection == "fixed":
+            cut(network, threshold)
+        else:
+            threshold, network = strongest(
+                network,
+                [i / 20 for i in range(19)],
+                cut,
+                data=data,
+                runtime=runtime,
+                selection=self.selection,
+                max_drop=self.max_drop,
+            )
+        total = sum(int((m <= threshold).sum()) for m in masks)
+        runtime.recorder.notes.append(f"rnp pruned {total} channels, threshold {threshold}")
+        return network

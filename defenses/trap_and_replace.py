@@ -1,0 +1,158 @@
+"""Trap and Replace: a head that traps the backdoor is thrown away (Wang et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.defense import Defense
+from dhbe.features import blocks, capture, executed_after
+from dhbe.models import Normalized
+from dhbe.models.normalized import fresh
+from dhbe.rng import fork
+from dhbe.runtime import Runtime
+from dhbe.training import AdamSchedule, Player, Supervised
+from dhbe.types import Batch
+
+
+class TrapAndReplace(Defense):
+    """Train anew on the poisoned set in two stages (arXiv 2210.06428).
+
+    1. Bait and trap: the network is split into stem and light head; CE + picture_weight
+       MSE(decoder(stem(x)), x) + smooth_weight TV(decoder(stem(x))). The stem must keep the
+       picture, so the shortcut from trigger to label settles in the head.
+    2. Replace: with the stem frozen, BatchNorm included, a new head learns the clean holdout with
+       CutMix, label smoothing and dropout on its input.
+
+    Args:
+        head_blocks: residual blocks in the head, besides the classifier (WRN and ResNet-18: 1).
+        dropout: on the head's input, in stage 2.
+        schedule, head_schedule: of the two stages.
+    """
+
+    needs: ClassVar[Budget] = Budget(fraction=1e-9, poisoned=True)
+
+    def __init__(
+        self,
+        *,
+        head_blocks: Annotated[int, Ge(0)],
+        picture_weight: Annotated[float, Ge(0)],
+        smooth_weight: Annotated[float, Ge(0)],
+        dropout: Annotated[float, Ge(0), Lt(1)],
+        label_smoothing: Annotated[float, Ge(0), Lt(1)],
+        schedule: AdamSchedule,
+        head_schedule: AdamSchedule,
+    ) -> None:
+        self.head_blocks, self.dropout = head_blocks, dropout
+        self.picture_weight, self.smooth_weight = picture_weight, smooth_weight
+        self.label_smoothing = label_smoothing
+        self.schedule, self.head_schedule = schedule, head_schedule
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        network = fresh(network, runtime.derive("trap")).eval()
+        cut = blocks(network, method="trap_and_replace", least=self.head_blocks + 1)[
+            -1 - self.head_blocks
+        ]
+        self.bait(network, cut, data, runtime.stage("bait"))
+        self.replace(network, cut, data, runtime)
+        return network
+
+    def bait(self, network: Normalized, cut: nn.Module, data: DefenderData, own: Runtime) -> None:
+        """Stage 1, in place."""
+        with capture([cut]) as seen, torch.no_grad():
+            network.eval()(network.probe())
+        with fork(own.derive("decoder")):
+            picture = decoder(seen[0], network.spec.image_size, network.spec.channels)
+        picture.to(own.device, own.dtype)
+        batches = TrainingBatches(
+            data.poisoned(),
+            spec=network.spec,
+            batch_size=self.schedule.batch_size,
+            seed=own.derive("bait"),
+            device=own.device,
+        )
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            x = batch.images.to(own.dtype)
+            with capture([cut]) as seen:
+                total = F.cross_entropy(net(x), batch.labels)
+            drawn = picture(seen[0]).float()
+            total = total + self.picture_weight * F.mse_loss(drawn, x)
+            return total + self.smooth_weight * total_variation(drawn)
+
+        module = Supervised(
+            network,
+            batches,
+            self.schedule,
+            role="bait",
+            loss=loss,
+            players=[Player(network=picture, schedule=self.schedule)],
+            beside=picture,
+        )
+        own.fit(module, batches, epochs=self.schedule.epochs)
+
+    def replace(
+        self, network: Normalized, cut: nn.Module, data: DefenderData, runtime: Runtime
+    ) -> None:
+        """Stage 2, in place."""
+        head = executed_after(network.eval(), cut, network.probe())
+        network.requires_grad_(False)
+        with fork(runtime.derive("head")):
+            for layer in head:
+                layer.reset_parameters()
+                layer.requires_grad_(True)
+        batches = TrainingBatches(
+            data.clean(),
+            spec=network.spec,
+            batch_size=self.head_schedule.batch_size,
+            seed=runtime.derive("replace"),
+            device=runtime.device,
+        )
+        mix = v2.CutMix(alpha=1.0, num_classes=network.spec.classes)
+        step = 0
+
+        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return F.dropout(output, self.dropout)
+
+        def loss(net: nn.Module, batch: Batch) -> Tensor:
+            nonlocal step
+            step += 1
+            for layer in head:
+                layer.train()  # the rest of the network stays in eval mode
+            with fork(runtime.derive("cutmix", step)):
+                x, y = mix(batch.images.to(runtime.dtype), batch.labels)
+                handle = cut.register_forward_hook(drop)
+                logits = net(x)
+                handle.remove()
+            return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+        module = Supervised(
+            network, batches, self.head_schedule, role="head", loss=loss, train_mode=False
+        )
+        runtime.fit(module, batches, epochs=self.head_schedule.epochs)
+
+
+def decoder(features: Tensor, size: int, channels: int) -> nn.Sequential:
+    """Transposed 4x4 convolutions of stride 2 from features (B, C, h, w) up to the image."""
+    width, side = features.shape[1], features.shape[-1]
+    layers: list[nn.Module] = []
+    while side < size:
+        half = max(32, width // 2)
+        layers += [nn.ConvTranspose2d(width, half, 4, 2, 1), nn.ReLU(inplace=True)]
+        width, side = half, 2 * side
+    layers += [nn.Conv2d(width, channels, 3, padding=1), nn.Sigmoid()]
+    if side != size:
+        layers.append(nn.Upsample(size=(size, size), mode="bilinear"))
+    return nn.Sequential(*layers)
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Squared differences of vertical and horizontal neighbours, over all elements of x."""
+    down, right = x.diff(dim=2).square().sum(), x.diff(dim=3).square().sum()
+    return (down + right) / x.numel()
