@@ -39,7 +39,7 @@ def unrecorded(
     Args:
         weights: other values for parameters, by name; gradients flow into them.
     """
-    buffers = {k: b.clone() for k, b in network.named_buffers() if "running" in k}
+    buffers = {k: b.clone() for k, b in network.named_buffers() if "running" in k or "tracked" in k}
     values = {**buffers, **(weights or {})}
     out: Tensor = torch.func.functional_call(network, values, (x,))
     return out

@@ -1,0 +1,560 @@
+"""Each defense's losses, scores and masks against slow, obvious references; and on a toy victim."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_spec
+from test_attacks import badnets, tiny
+from test_defenses import DEFENSES, build, granted
+from torch import nn
+from torch.nn import functional as F
+
+from defenses.abl import local_ascent
+from defenses.anp import ANP
+from defenses.awm import AWM
+from defenses.cetf import rectangles, smooth_cam
+from defenses.fip import Spectrum, fisher_trace
+from defenses.ft_sam import ascent
+from defenses.i_bau import implicit
+from defenses.nad import attention
+from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
+from defenses.ssft import Gate, stage, suppress
+from defenses.trap_and_replace import decoder, total_variation
+from defenses.ulrl import reset
+from dhbe.adversarial import universal
+from dhbe.data import Budget, DefenderData, Resident, TrainingBatches
+from dhbe.errors import ConfigError
+from dhbe.evaluate import Evaluator
+from dhbe.features import blocks, capture, executed_after, stages, unrecorded
+from dhbe.masks import attach, clamp, fold, norms, prune
+from dhbe.metrics import outliers, rates
+from dhbe.models import Normalized
+from dhbe.models.dataflow import classifier
+from dhbe.models.normalized import fresh
+from dhbe.models.other import vgg19_bn
+from dhbe.models.preact import PreActResNet18, WideResNet
+from dhbe.models.resnet import resnet
+from dhbe.rng import generator
+from dhbe.selection import accuracy, strongest
+from dhbe.training import Schedule
+from dhbe.types import Suspect
+from dhbe.victim import train
+
+SPEC = make_spec()
+
+
+def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = generator(3)
+    return torch.rand(n, *SPEC.shape, generator=rng), torch.arange(n) % 4
+
+
+# ---------------------------------------------------------------- shared pieces
+
+
+def test_masks_scale_and_fold() -> None:
+    network = tiny(SPEC)
+    x, _ = batch()
+    before, plain = network(x), copy.deepcopy(network.state_dict())
+    layers = norms(network, method="x")
+    scales = attach(layers)
+    torch.testing.assert_close(network(x), before)
+    scales[0].mask.data[:] = torch.linspace(-1, 2, 16)
+    clamp(scales)
+    assert scales[0].mask.min() == 0
+    assert scales[0].mask.max() == 1
+    changed = network(x)
+    fold(layers)
+    torch.testing.assert_close(network(x), changed)
+    assert network.state_dict().keys() == plain.keys()
+    expected = plain["network.stem.1.weight"] * torch.linspace(-1, 2, 16).clamp(0, 1)
+    torch.testing.assert_close(layers[0].weight, expected)
+    attach(layers)[0].mask.data.zero_()
+    fold(layers, keep=False)
+    torch.testing.assert_close(network(x), changed)
+
+
+def test_prune_zeroes_gamma_at_or_below_the_threshold() -> None:
+    layer = nn.BatchNorm2d(4)
+    assert prune([layer], [torch.tensor([0.1, 0.2, 0.3, 0.9])], 0.2) == 2
+    assert layer.weight.tolist() == [0, 0, 1, 1]
+
+
+def test_networks_without_batchnorm_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"defense=anp: the network has no BatchNorm.*defense=dhbe"
+    ):
+        norms(nn.Conv2d(1, 1, 1), method="anp")
+
+
+def test_outliers_by_hand() -> None:
+    """Median 3, MAD 1: 10 lies 7 / 1.4826 = 4.7 deviations above."""
+    values = np.array([1.0, 2, 3, 4, 10])
+    assert outliers(values, 4.5, side="above") == [4]
+    assert outliers(values, 4.8, side="above") == []
+    assert outliers(-values, 4.5, side="below") == [4]
+
+
+def test_unrecorded_passes_leave_statistics_and_carry_gradients() -> None:
+    network = tiny(SPEC).train()
+    x, _ = batch()
+    before = copy.deepcopy(network.state_dict())
+    out = unrecorded(network, x)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    torch.testing.assert_close(out, copy.deepcopy(network)(x))
+    moved = {k: (p + 0.1).detach().requires_grad_(True) for k, p in network.named_parameters()}
+    unrecorded(network, x, moved).sum().backward()
+    assert all(w.grad is not None for w in moved.values())
+
+
+@pytest.mark.parametrize(
+    ("network", "count"),
+    [
+        (WideResNet(depth=16, widen=1, classes=10, channels=3, image_size=32), 3),
+        (resnet(depth=18, stem="cifar", classes=10, channels=3, image_size=32), 4),
+        (PreActResNet18(classes=10, channels=3, image_size=32), 4),
+        (vgg19_bn(classes=10, channels=3, image_size=32), 4),
+    ],
+    ids=["wrn", "resnet18", "preact", "vgg"],
+)
+def test_stages_go_from_fine_to_coarse(network: nn.Module, count: int) -> None:
+    found = stages(network.eval(), torch.zeros(2, 3, 32, 32))
+    with capture(found) as seen, torch.no_grad():
+        network(torch.zeros(2, 3, 32, 32))
+    sizes = [f.shape[-1] for f in seen]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes) >= count
+    head = executed_after(network, found[-1], torch.zeros(2, 3, 32, 32))
+    assert head[-1] is classifier(network)
+
+
+def test_strongest_keeps_the_accuracy(images: Resident, make_runtime) -> None:
+    """Choices multiply the logits' margin away: the last one before the drop wins."""
+    network = tiny(SPEC)
+    labels = Oracle.of(images, network)
+    data = DefenderData(Budget(fraction=0.2), pool=labels, train_size=400, seed=0)
+
+    def spoil(net, share):
+        if share > 0.5:
+            classifier(net).weight.data.zero_()
+            classifier(net).bias.data.copy_(torch.tensor([9.0, 0, 0, 0]))
+
+    choice, chosen = strongest(
+        network,
+        [0.1, 0.5, 0.9],
+        spoil,
+        data=data,
+        runtime=make_runtime(),
+        selection="validation",
+        max_drop=0.1,
+    )
+    assert choice == 0.5
+    assert accuracy(chosen, data.validation(), make_runtime()) == 1
+
+
+class Oracle:
+    """Images labelled by a network itself, so that it is always right."""
+
+    @staticmethod
+    @torch.no_grad()
+    def of(images: Resident, network: nn.Module) -> Resident:
+        head = classifier(network)
+        logits = network(images.images / 255)
+        head.bias -= logits.mean(0)  # so that every class occurs
+        return Resident(images.images, network(images.images / 255).argmax(1))
+
+
+def test_universal_perturbation_changes_predictions() -> None:
+    network = tiny(SPEC)
+    x, _ = batch(16)
+    images = Resident(x.mul(255).byte(), torch.zeros(16, dtype=torch.long))
+    batches = TrainingBatches(
+        images, spec=SPEC, batch_size=8, seed=0, device=torch.device("cpu"), steps=6
+    )
+    delta = universal(network, batches, learning_rate=1e4)
+    assert delta.shape == (1, *SPEC.shape)
+    with torch.no_grad():
+        kept = network(x).argmax(1) == network(x + delta).argmax(1)
+    assert kept.float().mean() < 1
+
+
+# ---------------------------------------------------------------- losses, scores and steps
+
+
+def test_attention_maps_by_loops() -> None:
+    features = torch.randn(2, 3, 4, 5)
+    found = attention(features, 2)
+    for b in range(2):
+        plain = torch.zeros(4, 5)
+        for c in range(3):
+            for i in range(4):
+                for j in range(5):
+                    plain[i, j] += abs(features[b, c, i, j]) ** 2
+        torch.testing.assert_close(found[b], plain / plain.square().sum().sqrt())
+
+
+def test_fisher_trace_by_explicit_gradients() -> None:
+    """Over all sign vectors the estimate averages to mean_i |grad l_i|^2, exactly."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    x, y = torch.randn(3, 3).double(), torch.tensor([0, 1, 1])
+    weights = list(net.parameters())
+    each = F.cross_entropy(net(x), y, reduction="none")
+    explicit = 0.0
+    for i in range(3):
+        slopes = torch.autograd.grad(each[i], weights, retain_graph=True)
+        explicit += sum(float(g.square().sum()) for g in slopes) / 3
+
+    found = []
+    for chosen in itertools.product((-1.0, 1.0), repeat=3):
+        mixed = (torch.tensor(chosen).double() * each).sum()
+        slopes = torch.autograd.grad(mixed, weights, retain_graph=True)
+        found.append(sum(float(g.square().sum()) for g in slopes) / 3)
+    assert sum(found) / 8 == pytest.approx(explicit, rel=1e-12)
+    rng = generator(0)
+    drawn = [float(fisher_trace(each, weights, rng).detach()) for _ in range(300)]
+    assert np.mean(drawn) == pytest.approx(explicit, rel=0.15)
+    assert {min(found, key=lambda v: abs(v - d)) == pytest.approx(d) for d in drawn} == {True}
+    trace = fisher_trace(each, weights, rng)
+    assert torch.autograd.grad(trace, weights[0])[0].abs().sum() > 0
+
+
+def test_spectrum_starts_at_the_weight_and_moves_singular_values() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 2, 2)
+    spectrum = Spectrum(weight)
+    torch.testing.assert_close(spectrum(weight), weight)
+    spectrum.shift.data[0] = 1.0
+    before, after = (torch.linalg.svdvals(w.flatten(1)) for w in (weight, spectrum(weight)))
+    torch.testing.assert_close(after, before + torch.tensor([1.0, 0, 0, 0]))
+
+
+def test_implicit_gradient_of_a_quadratic_game() -> None:
+    """Fixed point delta* = A theta: the total derivative of g(delta*(theta), theta) is known."""
+    torch.manual_seed(0)
+    a = torch.randn(4, 3, dtype=torch.float64)
+    theta = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    delta = (a @ theta).detach().requires_grad_(True)
+
+    def outer(d, t):
+        return (d**3).sum() + d.sum() * t.square().sum()
+
+    mapped = delta - 0.1 * (delta - a @ theta)
+    loss = implicit(outer(delta, theta), mapped, delta, steps=400)
+    (ours,) = torch.autograd.grad(loss, theta)
+    step = 1e-6
+    for i in range(3):
+        shift = torch.zeros(3, dtype=torch.float64)
+        shift[i] = step
+        high, low = (outer(a @ (theta + s), theta + s) for s in (shift, -shift))
+        expected = float((high - low).detach() / (2 * step))
+        assert float(ours[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_natural_gradient_by_an_explicit_fisher_matrix() -> None:
+    torch.manual_seed(0)
+    h, w = torch.randn(6, 3).double(), torch.randn(4, 3).double()
+    y = torch.tensor([0, 1, 2, 3, 0, 1])
+    p = (h @ w.T).softmax(1)
+    explicit = torch.zeros(12, 12).double()
+    for hi, pi in zip(h, p, strict=True):
+        explicit += torch.kron(torch.diag(pi) - torch.outer(pi, pi), torch.outer(hi, hi)) / 6
+    v = torch.randn(4, 3).double()
+    torch.testing.assert_close(fisher_product(p, h, v).flatten(), explicit @ v.flatten())
+    slope = gradient(p, h, y)
+    weight = w.clone().requires_grad_(True)
+    (auto,) = torch.autograd.grad(F.cross_entropy(h @ weight.T, y), weight)
+    torch.testing.assert_close(slope, auto)
+    step = conjugate_gradients(lambda u: fisher_product(p, h, u) + 0.01 * u, slope, 50)
+    solved = torch.linalg.solve(explicit + 0.01 * torch.eye(12).double(), slope.flatten())
+    torch.testing.assert_close(step.flatten(), solved, atol=1e-8, rtol=1e-6)
+    diagonal = torch.stack(
+        [gradient(p[i : i + 1], h[i : i + 1], y[i : i + 1]).square() for i in range(6)]
+    ).mean(0)
+    torch.testing.assert_close(fisher_diagonal(p, h, y), diagonal)
+
+
+def test_sam_step_by_hand() -> None:
+    """w = (3, 4), g = (1, 0): |w| g = (3, 0), norm 3; e = 2 * (9, 16) * (1, 0) / 3 = (6, 0)."""
+    (step,) = ascent([torch.tensor([3.0, 4])], (torch.tensor([1.0, 0]),), 2.0)
+    torch.testing.assert_close(step, torch.tensor([6.0, 0]))
+
+
+def test_local_ascent_turns_the_gradient_of_easy_images() -> None:
+    each = torch.tensor([0.1, 2.0], requires_grad=True)
+    local_ascent(each, 0.5).backward()
+    assert each.grad.tolist() == [-0.5, 0.5]
+
+
+def test_reset_rows_and_no_others() -> None:
+    head = nn.Linear(8, 3)
+    before = head.weight.detach().clone()
+    reset(head, [1], generator(0))
+    assert torch.equal(head.weight[[0, 2]], before[[0, 2]])
+    assert not torch.equal(head.weight[1], before[1])
+    assert head.weight[1].abs().max() <= math.sqrt(2 / 8)
+    assert head.bias[1] == 0
+
+
+def test_anp_noise_stays_in_its_band_and_hurts() -> None:
+    network = tiny(SPEC)
+    network.requires_grad_(False)
+    layers = norms(network, method="anp")
+    scales = [*attach(layers), *attach(layers, "bias")]
+    schedule = Schedule(
+        epochs=1,
+        batch_size=4,
+        learning_rate=0.1,
+        momentum=0,
+        nesterov=False,
+        weight_decay=0,
+        schedule="cosine",
+        milestones=[],
+        decay=1,
+    )
+    method = ANP(
+        epsilon=0.4,
+        alpha=0.2,
+        noise_steps=5,
+        steps=1,
+        threshold=0.2,
+        selection="fixed",
+        max_drop=0.1,
+        schedule=schedule,
+    )
+    x, y = batch()
+    method.disturb(network, scales, x, y, generator(0))
+    assert max(float(s.noise.abs().max()) for s in scales) <= 0.4 + 1e-6
+    with torch.no_grad():
+        hurt = F.cross_entropy(network(x), y)
+        for scale in scales:
+            scale.noise = torch.zeros_like(scale.noise)
+        calm = F.cross_entropy(network(x), y)
+    assert hurt > calm
+
+
+def test_one_shot_images_are_enlarged(compose_config, images: Resident, make_runtime) -> None:
+    method = build("awm_one_shot", compose_config)
+    assert isinstance(method, AWM)
+    one = granted(images, per_class=1).clean()
+    more = method.enlarged(one, tiny(SPEC), make_runtime())
+    assert len(more) == 4 * 10
+    assert torch.equal(more.images[:4], one.resident().images)
+    assert more.labels.bincount().tolist() == [10] * 4
+
+
+def test_suppressed_shortcuts() -> None:
+    network = resnet(depth=18, stem="cifar", classes=10, channels=3, image_size=32).eval()
+    found = blocks(network, method="ssft", least=8)
+    assert len(found) == 8
+    x = torch.randn(1, 64, 8, 8)
+    identity = copy.deepcopy(found[1])
+    suppress(identity, 0.0)
+    assert isinstance(identity.downsample, Gate)
+    y = identity.bn2(identity.conv2(F.relu(identity.bn1(identity.conv1(x))))).relu()
+    torch.testing.assert_close(identity(x), y)
+    assert identity.state_dict().keys() == found[1].state_dict().keys()
+    convolutional = copy.deepcopy(found[2])
+    suppress(convolutional, 0.0)
+    assert convolutional.downsample(x).abs().max() == 0
+    assert [b in found[2:4] for b in stage(network, found[3])] == [True, True]
+
+
+def test_networks_without_shortcuts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="defense=ssft: the network has 0 residual blocks"):
+        blocks(vgg19_bn(classes=10, channels=3, image_size=32), method="ssft", least=1)
+
+
+def test_trap_and_replace_touches_the_head_alone(
+    compose_config, images: Resident, make_runtime
+) -> None:
+    method = build("trap_and_replace", compose_config)
+    network = tiny(SPEC)
+    cut = blocks(network, method="x", least=2)[-2]
+    data = granted(images, fraction=0.1)
+    before = copy.deepcopy(network.state_dict())
+    method.replace(network, cut, data, make_runtime())
+    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(k.startswith(("network.stages.1", "network.head")) for k in changed)
+
+
+def test_decoder_and_total_variation() -> None:
+    assert decoder(torch.zeros(2, 64, 8, 8), 32, 3)(torch.zeros(2, 64, 8, 8)).shape[1:] == (
+        3,
+        32,
+        32,
+    )
+    assert decoder(torch.zeros(2, 64, 7, 7), 28, 1)(torch.zeros(2, 64, 7, 7)).shape[1:] == (
+        1,
+        28,
+        28,
+    )
+    x = torch.tensor([[[[0.0, 1], [2, 3]]]])  # down: 4 + 4, right: 1 + 1
+    assert float(total_variation(x)) == 10 / 4
+
+
+def test_rectangles_by_hand() -> None:
+    found = rectangles(torch.tensor([[1], [2], [2], [1]]), 4)[0]
+    assert found.nonzero().tolist() == [[1, 2], [2, 2]]
+
+
+def test_class_activation_looks_at_the_bright_spot() -> None:
+    network = tiny(SPEC)
+    x = torch.zeros(SPEC.shape)
+    x[:, 10:14, 10:14] = 1
+    heat = smooth_cam(network, x, 0, 0)
+    assert heat.shape == (16, 16)
+    assert heat.min() >= 0
+
+
+def test_fresh_networks_are_new_and_seeded() -> None:
+    network = tiny(SPEC)
+    a, b, c = fresh(network, 1), fresh(network, 1), fresh(network, 2)
+    keys = [k for k, v in network.state_dict().items() if v.ndim == 4 and "network" in k]
+    assert all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in keys)
+    assert not any(torch.equal(a.state_dict()[k], c.state_dict()[k]) for k in keys)
+    assert not any(torch.equal(a.state_dict()[k], network.state_dict()[k]) for k in keys)
+
+
+# ---------------------------------------------------------------- on a toy victim that works
+
+
+def toy(count: int, seed: int) -> Resident:
+    """Four classes of coloured stripes under noise: a task that a tiny network learns at once."""
+    rng = generator(seed)
+    labels = torch.arange(count) % 4
+    at = torch.arange(16)
+    stripes = torch.stack([((at // w) % 2).float() for w in (1, 2, 4, 8)])  # (4, 16)
+    x = 0.25 + 0.35 * stripes[labels][:, None, None, :].expand(-1, 3, 16, -1)
+    x = x + 0.15 * torch.randn(x.shape, generator=rng)
+    return Resident(x.clamp(0, 1).mul(255).byte(), labels)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """(clean network, backdoored network, attack, training set, test set)."""
+    from dhbe.runtime import Runtime, TrainerConfig
+
+    spec = make_spec(flip=False, crop_padding=0)
+    config = TrainerConfig(
+        device="cpu", precision="32-true", threads=0, progress="never", observe_every=0
+    )
+    schedule = Schedule(
+        epochs=4,
+        batch_size=32,
+        learning_rate=0.1,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        schedule="onecycle",
+        milestones=[],
+        decay=0.1,
+    )
+    given, test = toy(1200, 0), toy(400, 1)
+    attack = badnets(spec, poison_rate=0.1, patch_size=8)
+    networks = []
+    for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
+        runtime = Runtime(
+            trainer_config=config, seed=0, workdir=tmp_path_factory.mktemp("toy") / name
+        )
+        network = tiny(spec).train()
+        train(network, badnets(spec, poison_rate=rate, patch_size=8), given, schedule, runtime)
+        networks.append(network.eval())
+    return (*networks, attack, given, test)
+
+
+def measured(network: Normalized, attack, test: Resident) -> tuple[float, float]:
+    found = rates(
+        (e := Evaluator(test, attack, device=torch.device("cpu"))).predict(network.eval()), e.truth
+    )
+    return found["acc"].value, found["asr"].value
+
+
+def test_the_toy_victim_is_backdoored(toys) -> None:
+    clean, backdoored, attack, _, test = toys
+    assert measured(clean, attack, test)[0] > 0.97
+    assert measured(clean, attack, test)[1] < 0.1
+    assert measured(backdoored, attack, test)[0] > 0.97
+    assert measured(backdoored, attack, test)[1] > 0.97
+
+
+SPARED = ("dhbe", "dfad", "abl", "none")
+GENTLE = [d for d in DEFENSES if not d.startswith(SPARED) and not d.endswith("_cpu")]
+
+
+@pytest.mark.parametrize("name", GENTLE)
+def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, make_runtime) -> None:
+    """Within 3 points, with a few real steps of every method."""
+    clean, _, attack, given, test = toys
+    quick = {
+        "nad": {"betas": [50.0, 50.0]},
+        "trap_and_replace": {},
+    }
+    defense = repairing(name, compose_config, quick.get(name, {}))
+    repaired = defense(
+        Suspect(network=clean, architecture="toy", spec=clean.spec),
+        toy_data(attack, given),
+        make_runtime(),
+    )
+    before, after = (measured(n, attack, test)[0] for n in (clean, repaired))
+    assert after >= before - 0.03
+
+
+def toy_data(attack, given: Resident) -> DefenderData:
+    codes = attack.select(given.labels, generator(0, "codes"))
+    return DefenderData(
+        Budget(name="toy", fraction=0.1, poisoned=True, incoming=6),
+        pool=toy(400, 2),
+        train_size=2000,
+        seed=0,
+        poisoned=attack.poison(given, codes, seed=0).resident(),
+        trigger=lambda x, y, index: attack.apply(x, y=y, index=index),
+    )
+
+
+def repairing(name: str, compose_config, options):
+    """A defense with enough steps to do something on the toy."""
+    from hydra.utils import instantiate
+
+    from dhbe.config import plain
+
+    node = plain(compose_config(f"defense={name}"))["defense"] | options
+
+    def lengths(part):
+        small = {"epochs": 4, "steps": 30, "batch_size": 32, "generations": 5, "inputs": 4}
+        small |= {"population": 12, "verification": 40}
+        if not isinstance(part, dict):
+            return part
+        return {k: small.get(k, lengths(v)) for k, v in part.items()}
+
+    return instantiate(lengths(node), _convert_="all")
+
+
+@pytest.mark.parametrize(
+    "name", ["anp", "awm", "fine_pruning", "neural_cleanse", "rnp", "trap_and_replace"]
+)
+def test_the_toy_backdoor_goes(name: str, compose_config, toys, make_runtime) -> None:
+    """These need few steps for it; the others are measured on CIFAR-10 (docs/results)."""
+    _, backdoored, attack, given, test = toys
+    victim = Suspect(network=backdoored, architecture="toy", spec=backdoored.spec)
+    defense = repairing(name, compose_config, {})
+    acc, asr = measured(defense(victim, toy_data(attack, given), make_runtime()), attack, test)
+    assert acc > 0.95
+    assert asr < 0.5
+
+
+@pytest.mark.parametrize("name", ["neural_cleanse", "cetf"])
+def test_detectors_name_the_target_class(name: str, compose_config, toys, make_runtime) -> None:
+    clean, backdoored, attack, given, _ = toys
+    for network, classes in ((backdoored, "classes [0]"), (clean, "classes []")):
+        runtime = make_runtime()
+        victim = Suspect(network=network, architecture="toy", spec=network.spec)
+        repairing(name, compose_config, {})(victim, toy_data(attack, given), runtime)
+        assert classes in runtime.recorder.notes[0]
+    assert attack.rule.goal(torch.zeros(1, dtype=torch.long)).item() == 0
