@@ -78,20 +78,17 @@ class ISSBA(Attack):
             seed=own.derive("issba"),
             device=own.device,
         )
-        secrets = own.rng("secrets", device=own.device)
-        warm, done = self.schedule.epochs * len(batches) / 10, 0
+        warm = self.schedule.epochs / 10
         residual_weight, picture_weight, secret_weight = self.weights
 
         def loss(network: nn.Module, batch: Batch) -> Tensor:
-            nonlocal done
-            done += 1
             x = batch.images.to(own.dtype)
-            bits = torch.rand((len(x), len(self.secret)), generator=secrets, device=x.device)
+            bits = torch.rand((len(x), len(self.secret)), generator=batches.noise, device=x.device)
             bits = bits.round().to(x.dtype)
             residual = self.encoder(x, bits)
             read = self.decoder((x + residual).clamp(0, 1))
             total: Tensor = secret_weight * F.binary_cross_entropy_with_logits(read, bits)
-            if done > warm:
+            if batches.progress > warm:
                 total += residual_weight * residual.square().mean()
                 total += picture_weight * pyramid(residual)
             return total

@@ -96,12 +96,11 @@ class ANP(Defense):
             device=runtime.device,
             steps=self.steps,
         )
-        rng = runtime.rng("anp noise", device=runtime.device)
         scales = [*weights, *biases]
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             x, y = batch.images.to(runtime.dtype), batch.labels
-            self.disturb(net, scales, x, y, rng)
+            self.disturb(net, scales, x, y, batches.noise)
             noisy = F.cross_entropy(unrecorded(net, x), y)
             calm(scales)
             return self.alpha * F.cross_entropy(net(x), y) + (1 - self.alpha) * noisy

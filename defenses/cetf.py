@@ -80,7 +80,8 @@ class CETF(Defense):
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         network.requires_grad_(False)
-        found = self.detect(network, data, runtime)
+        with runtime.autocast():
+            found = self.detect(network, data, runtime)
         network.requires_grad_(True)
         classes = sorted({f.target for f in found})
         runtime.recorder.notes.append(
@@ -193,12 +194,12 @@ class CETF(Defense):
             seed=runtime.derive("cetf repair"),
             device=runtime.device,
         )
-        rng = runtime.rng("cetf stamps")
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             x, y = batch.images.to(runtime.dtype), batch.labels
             if self.repair_with != "bn_cleaning":
-                trigger = found[int(torch.randint(len(found), (), generator=rng))]
+                drawn = torch.rand((), generator=batches.noise, device=batches.noise.device)
+                trigger = found[int(drawn * len(found))]
                 x = torch.cat([x, torch.where(trigger.where, trigger.pixels, x)])
                 y = y.repeat(2)
             return F.cross_entropy(net(x), y)

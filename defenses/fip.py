@@ -63,21 +63,17 @@ class FIP(Defense):
             device=runtime.device,
             steps=self.steps,
         )
-        rng = runtime.rng("fip signs", device=runtime.device)
         weights = [p for p in network.parameters() if p.requires_grad]
         start = [w.detach().clone() for w in weights]
         fisher = self.fisher_diagonal(network, weights, batches, runtime)
-        done = 0
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            nonlocal done
-            done += 1
             each = F.cross_entropy(
                 net(batch.images.to(runtime.dtype)), batch.labels, reduction="none"
             )
             total = each.mean()
-            if self.trace_weight and done % self.trace_every == 0:
-                total = total + self.trace_weight * fisher_trace(each, weights, rng)
+            if self.trace_weight and round(batches.progress * self.steps) % self.trace_every == 0:
+                total = total + self.trace_weight * fisher_trace(each, weights, batches.noise)
             if self.anchor_weight:
                 pulls = [
                     (f * (w - w0).square()).sum()

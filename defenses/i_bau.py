@@ -56,7 +56,6 @@ class IBAU(Defense):
             seed=runtime.derive("i_bau"),
             device=runtime.device,
         )
-        rng = runtime.rng("i_bau share", device=runtime.device)
         delta = torch.zeros(1)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
@@ -66,7 +65,7 @@ class IBAU(Defense):
             (slope,) = torch.autograd.grad(inner, moving, create_graph=True)
             mapped = moving - self.inner_rate * slope
             count = max(1, int(self.share * len(x)))
-            order = torch.randperm(len(x), generator=rng, device=x.device)
+            order = torch.randperm(len(x), generator=batches.noise, device=x.device)
             marked = (order < count)[:, None, None, None]
             outer = F.cross_entropy(net(x + marked * moving), y)
             return implicit(outer, mapped, moving, self.fixed_point_steps)

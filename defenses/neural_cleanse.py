@@ -56,9 +56,10 @@ class NeuralCleanse(Defense):
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         clean = data.clean()
         network.requires_grad_(False)
-        triggers = [
-            self.reverse(network, clean, target, runtime) for target in range(network.spec.classes)
-        ]
+        with runtime.autocast():
+            triggers = [
+                self.reverse(network, clean, k, runtime) for k in range(network.spec.classes)
+            ]
         network.requires_grad_(True)
         sizes = torch.stack([mask.sum() for mask, _ in triggers]).cpu()
         flagged = outliers(sizes.numpy(), self.outlier, side="below")
@@ -76,11 +77,10 @@ class NeuralCleanse(Defense):
             seed=runtime.derive("neural_cleanse"),
             device=runtime.device,
         )
-        rng = runtime.rng("neural_cleanse share", device=runtime.device)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             x = batch.images.to(runtime.dtype)
-            drawn = torch.rand((len(x), 1, 1, 1), generator=rng, device=x.device)
+            drawn = torch.rand((len(x), 1, 1, 1), generator=batches.noise, device=x.device)
             for i, (mask, pattern) in enumerate(found):
                 low, high = (self.share * k / len(found) for k in (i, i + 1))
                 chosen = (drawn >= low) & (drawn < high)

@@ -61,10 +61,9 @@ class NFT(Defense):
             device=runtime.device,
             steps=self.steps,
         )
-        rng = runtime.rng("mixup", device=runtime.device)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch.images.to(runtime.dtype), batch.labels
+            x, y, rng = batch.images.to(runtime.dtype), batch.labels, batches.noise
             share = torch.rand((), generator=rng, device=x.device, dtype=x.dtype)  # Beta(1, 1)
             order = torch.randperm(len(x), generator=rng, device=x.device)
             logits = net(share * x + (1 - share) * x[order])

@@ -115,17 +115,14 @@ class TrapAndReplace(Defense):
             device=runtime.device,
         )
         mix = v2.CutMix(alpha=1.0, num_classes=network.spec.classes)
-        step = 0
 
         def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return F.dropout(output, self.dropout)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            nonlocal step
-            step += 1
             for layer in head:
                 layer.train()  # the rest of the network stays in eval mode
-            with fork(runtime.derive("cutmix", step)):
+            with fork(runtime.derive("cutmix", batches.progress)):
                 x, y = mix(batch.images.to(runtime.dtype), batch.labels)
                 handle = cut.register_forward_hook(drop)
                 logits = net(x)

@@ -173,6 +173,11 @@ class Runtime:
         """Integer seed derived from the run's seed and a purpose."""
         return derive_seed(self.seed, *purpose)
 
+    def autocast(self) -> torch.autocast:
+        """Context with the run's precision, for passes that Lightning does not make."""
+        mixed = self.trainer_config.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+
     def stage(self, name: str) -> Runtime:
         """The same run for a training of its own inside a stage, with its own checkpoint."""
         return replace(self, workdir=self.workdir / name, recorder=Recorder())

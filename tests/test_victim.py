@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import make_spec
 from safetensors.torch import save_file
-from test_attacks import badnets
+from test_attacks import badnets, build
 from test_defenses import suspect
 
 from dhbe import checkpoint
@@ -120,6 +120,36 @@ def test_killed_training_resumes_to_the_same_weights(
         fit("killed", 2)
     state = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
     assert state["epoch"] == 1  # the third epoch never ended; what follows goes on from here
+    resumed = fit("killed", None)
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+@pytest.mark.parametrize("name", ["wanet", "lira", "input_aware", "dfst"])
+def test_killed_cotraining_resumes_to_the_same_weights(
+    name: str, images: Resident, make_runtime, tmp_path: Path, compose_config, monkeypatch
+) -> None:
+    """The attack's own networks and their optimisers go on from the checkpoint, too."""
+
+    def fit(work: str, stop: int | None) -> dict[str, torch.Tensor]:
+        attack, network = build(name, compose_config, make_spec()), suspect(0).network.train()
+        begin = attack.begin_epoch
+
+        def kill(progress: float) -> None:
+            begin(progress)
+            if stop is not None and progress >= stop / 4:
+                raise InterruptedError
+
+        monkeypatch.setattr(attack, "begin_epoch", kill)
+        train(network, attack, images, schedule(4), make_runtime(work=work))
+        return {
+            **network.state_dict(),
+            **{f"attack.{k}": v for k, v in attack.state_dict().items()},
+        }
+
+    whole = fit("whole", None)
+    with pytest.raises(InterruptedError):
+        fit("killed", 2)
     resumed = fit("killed", None)
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key

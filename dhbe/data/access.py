@@ -87,7 +87,7 @@ class DefenderData:
         self._chosen = torch.empty(0, dtype=torch.int64)
         if pool is not None and budget.clean:
             self._chosen = self._draw(pool.labels, train_size)
-        if pool is not None and budget.incoming and trigger is not None:
+        if pool is not None and budget.incoming:
             self._incoming = self._arrive(pool, trigger)
 
     def _draw(self, labels: Tensor, train_size: int) -> Tensor:
@@ -116,7 +116,7 @@ class DefenderData:
         return proportional(labels, count, rng)
 
     def _arrive(
-        self, pool: ImageSet, trigger: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self, pool: ImageSet, trigger: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     ) -> Resident:
         """Incoming images, triggered and clean in turn; their labels stay with the evaluation."""
         free = torch.ones(len(pool), dtype=torch.bool)
@@ -125,9 +125,11 @@ class DefenderData:
         order = torch.randperm(len(rest), generator=generator(self.seed, "incoming"))
         index = rest[order[: self.budget.incoming]]
         part = pool.subset(index).resident()
+        unknown = torch.full_like(part.labels, -1)
+        if trigger is None:
+            return Resident(part.images, unknown)
         stamped = trigger(to_float(part.images), part.labels, index).mul(255).round().byte()
         even = (torch.arange(len(index)) % 2 == 0)[:, None, None, None]
-        unknown = torch.full_like(part.labels, -1)
         return Resident(torch.where(even, stamped.cpu(), part.images), unknown)
 
     def _refuse(self, what: str) -> BudgetError:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dhbe.data.images import ImageSet
-from dhbe.rng import derive_seed
+from dhbe.rng import generator
 from dhbe.types import CLEAN, Batch, DataSpec
 
 Compose = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
@@ -59,6 +59,10 @@ class TrainingBatches:
     No state passes from one epoch to the next, so a training that resumes at an epoch boundary
     sees exactly what an uninterrupted one sees.
 
+    Attributes:
+        noise: generator for what a loss draws beside its batch; fresh in every epoch.
+        progress: epochs begun, the current batch included (1.5: half of the second).
+
     Args:
         images: the (poisoned) training set of N images, with the labels to train on.
         codes: what was done to each image (N,); default: nothing.
@@ -85,25 +89,27 @@ class TrainingBatches:
         self.labels = images.labels.to(device)
         unmarked = torch.full((len(images),), CLEAN, dtype=torch.int8)
         self.codes = (unmarked if codes is None else codes).to(device)
-        self.epoch = 0
+        self.set_epoch(0)
+        self.progress = 0.0
 
     def __len__(self) -> int:
         """Batches per epoch; a ragged last one is dropped."""
         return self.steps or len(self.images) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields."""
+        """Choose the epoch that the next iteration yields, and what ``noise`` draws in it."""
         self.epoch = epoch
+        self.noise = generator(self.seed, "noise", epoch, device=self.device)
 
     def __iter__(self) -> Iterator[Batch]:
-        rng = torch.Generator(device=self.device)
-        rng.manual_seed(derive_seed(self.seed, "batches", self.epoch))
+        rng = generator(self.seed, "batches", self.epoch, device=self.device)
         total, count = len(self.images), len(self) * self.batch_size
         if self.steps:
             order = torch.randint(total, (count,), generator=rng, device=self.device)
         else:
             order = torch.randperm(total, generator=rng, device=self.device)[:count]
-        for raw, index in self.images.batches(order, self.batch_size):
+        for i, (raw, index) in enumerate(self.images.batches(order, self.batch_size)):
+            self.progress = (self.epoch * len(self) + i + 1) / len(self)
             raw, index = raw.to(self.device), index.to(self.device)
             labels, codes = self.labels[index], self.codes[index]
             if self.compose is not None:
