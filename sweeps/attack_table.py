@@ -2,7 +2,7 @@
 
 ``python -m sweeps.attack_table DIR... --out docs/results/attacks_cpu [--sheet docs/attacks.png]``
 reads finished results, adds them to OUT.csv (a newer row replaces an older one of the same data,
-attack and seed, so the table grows over several machines) and writes OUT.md.
+model, budget, attack and seed, so the table grows over several machines) and writes OUT.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from matplotlib.figure import Figure
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -23,7 +24,8 @@ from torchmetrics.functional.image import (
 
 from dhbe.report.collect import collect, markdown
 
-KEYS = ["data", "model", "attack", "seed"]
+SETTING = ["data", "model", "epochs", "seed"]
+KEYS = [*SETTING, "attack"]
 SHOWN = 3
 """Test images per attack on the sheet."""
 GAIN = 4
@@ -49,9 +51,16 @@ def victims(folders: list[Path]) -> pd.DataFrame:
     table = collect(folders)
     if table.empty:
         return table
-    table = table[table["defense"] == "none"]
+    table = table[table["defense"] == "none"].copy()
+    table["epochs"] = [epochs(Path(f)) for f in table["folder"]]
     age = [(Path(f) / "metrics.json").stat().st_mtime for f in table["folder"]]
     return table.iloc[np.argsort(age)].drop_duplicates(KEYS, keep="last").reset_index(drop=True)
+
+
+def epochs(folder: Path) -> int:
+    """Length of the victim's training."""
+    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return int(config["victim"]["epochs"])
 
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -89,15 +98,20 @@ def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
 def text(table: pd.DataFrame) -> str:
     """The table as Markdown, accuracy also as difference to the clean-trained network."""
     table = table.copy()
-    clean = table[table["attack"] == "none"].set_index(["data", "model", "seed"])["acc"]
-    base = [clean.get(tuple(k)) for k in table[["data", "model", "seed"]].to_numpy().tolist()]
+    clean = table[table["attack"] == "none"].set_index(SETTING)["acc"]
+    base = [clean.get(tuple(k)) for k in table[SETTING].to_numpy().tolist()]
     gap = [f"{a - b:+.1f}" if _known(b) else "–" for a, b in zip(table["acc"], base, strict=True)]
-    table.insert(table.columns.get_loc("acc") + 1, "vs clean", gap)
-    digits = {"acc": 1, "asr": 1, "ra": 1, "floor": 1, "psnr": 1, "ssim": 3, "linf": 0}
-    for name, count in (digits | {"seconds": 0}).items():
-        table[name] = [f"{v:.{count}f}" if _known(v) else "–" for v in table.get(name, [])]
-    titles = {"acc": "ACC", "asr": "ASR", "ra": "RA", "floor": "floor", "psnr": "PSNR"}
-    return markdown(table.rename(columns=titles | {"ssim": "SSIM", "linf": "max change"}))
+    table["vs clean"] = gap
+    table["commit"] = [c[:7] if _known(c) else "–" for c in table["commit"]]
+    columns = {"acc": 1, "vs clean": None, "asr": 1, "ra": 1, "floor": 1}
+    columns |= {"psnr": 1, "ssim": 3, "linf": 0, "seconds": 0, "commit": None}
+    for name, digits in columns.items():
+        if digits is not None:
+            values = table.get(name, [None] * len(table))
+            table[name] = [f"{v:.{digits}f}" if _known(v) else "–" for v in values]
+    titles = {"acc": "ACC", "asr": "ASR", "ra": "RA", "psnr": "PSNR", "ssim": "SSIM"}
+    chosen = table[[*KEYS, "poison_rate", *columns]]
+    return markdown(chosen.rename(columns=titles | {"linf": "max change"}))
 
 
 def sheet(table: pd.DataFrame) -> Figure:

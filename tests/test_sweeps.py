@@ -24,6 +24,7 @@ def write_attack(folder: Path, attack: str, acc: float, floor: float | None = No
     if floor is not None:
         metrics["floor"] = {"asr": floor}
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "config.yaml").write_text("victim: {epochs: 10}")
     clean = np.full((4, 3, 16, 16), 100, dtype=np.uint8)
     arrays = {"clean": clean, "index": np.arange(4)}
     if attack != "none":
@@ -79,9 +80,11 @@ def test_command_writes_table_and_sheet(results: Path, tmp_path: Path) -> None:
 
 def test_the_attack_sweep_covers_the_zoo() -> None:
     """Each attack at CPU scale: its ``_cpu`` config where there is one."""
-    node = yaml.safe_load((ROOT / "sweeps" / "attacks_cpu.yaml").read_text())
-    swept = node["hydra"]["sweeper"]["params"]["attack"].split(",")
+    swept: set[str] = set()
+    for name in ("attacks_cpu", "attacks_cpu_cotrained"):
+        node = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+        swept |= set(node["hydra"]["sweeper"]["params"]["attack"].split(","))
     every = set(names("attack"))
-    assert set(swept) == {a for a in every if f"{a}_cpu" not in every}
+    assert swept == {a for a in every if f"{a}_cpu" not in every}
     for sweep in (CONF / "sweep").glob("*.yaml"):
         assert sweep.read_text().startswith("# @package _global_\n# Claim: ")
