@@ -15,7 +15,7 @@ from dhbe.features import unrecorded
 from dhbe.masks import Scale, attach, clamp, fold, norms, prune
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
-from dhbe.selection import Selection, strongest
+from dhbe.selection import THRESHOLDS, Selection, strongest
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
 
@@ -64,7 +64,7 @@ class ANP(Defense):
         if self.selection == "fixed":
             cut(network, threshold)
         else:
-            tried = [i / 20 for i in range(19)]
+            tried = THRESHOLDS
             threshold, network = strongest(
                 network,
                 tried,

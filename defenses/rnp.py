@@ -14,7 +14,7 @@ from dhbe.defense import Defense
 from dhbe.masks import attach, clamp, norms, prune
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
-from dhbe.selection import Selection, strongest
+from dhbe.selection import THRESHOLDS, Selection, strongest
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
 from dhbe.unlearning import unlearn
@@ -99,7 +99,7 @@ class RNP(Defense):
         else:
             threshold, network = strongest(
                 network,
-                [i / 20 for i in range(19)],
+                THRESHOLDS,
                 cut,
                 data=data,
                 runtime=runtime,

@@ -44,6 +44,7 @@ from dhbe.rng import generator
 from dhbe.selection import accuracy, strongest
 from dhbe.training import Schedule
 from dhbe.types import Suspect
+from dhbe.unlearning import unlearn
 from dhbe.victim import train
 
 SPEC = make_spec()
@@ -277,6 +278,27 @@ def test_natural_gradient_by_an_explicit_fisher_matrix() -> None:
         [gradient(p[i : i + 1], h[i : i + 1], y[i : i + 1]).square() for i in range(6)]
     ).mean(0)
     torch.testing.assert_close(fisher_diagonal(p, h, y), diagonal)
+
+
+def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
+    clean, _, _, given, _ = toys
+    network, runtime = copy.deepcopy(clean), make_runtime()
+    schedule = Schedule(
+        epochs=5,
+        batch_size=32,
+        learning_rate=0.05,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=0,
+        schedule="cosine",
+        milestones=[],
+        decay=1,
+    )
+    reached = unlearn(network, given, schedule, runtime, stop_accuracy=0.4, clip=20.0)
+    assert reached <= 0.4
+    assert accuracy(network, given, runtime) < 0.9
+    state = torch.load(runtime.workdir / "unlearn" / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 0
 
 
 def test_sam_step_by_hand() -> None:
