@@ -286,7 +286,7 @@ def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
     schedule = Schedule(
         epochs=5,
         batch_size=32,
-        learning_rate=0.05,
+        learning_rate=1.0,
         momentum=0.9,
         nesterov=False,
         weight_decay=0,
@@ -296,9 +296,8 @@ def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
     )
     reached = unlearn(network, given, schedule, runtime, stop_accuracy=0.4, clip=20.0)
     assert reached <= 0.4
-    assert accuracy(network, given, runtime) < 0.9
     state = torch.load(runtime.workdir / "unlearn" / "last.ckpt", weights_only=True)
-    assert state["epoch"] == 0
+    assert 0 < state["global_step"] % 37, "37 batches are an epoch"
 
 
 def test_sam_step_by_hand() -> None:
