@@ -18,6 +18,10 @@ from dhbe.entry import register_resolvers
 from dhbe.runtime import Runtime, TrainerConfig
 from dhbe.types import DataSpec
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 
