@@ -60,9 +60,8 @@ class BPP(Attack):
     def stamp(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
+        del rng
         stamped = self.apply(x, y=y, index=index)
-        other = torch.randint(1, max(2, len(x)), (1,), generator=rng, device=rng.device)
-        partner = (torch.arange(len(x)) + other.cpu()) % len(x)
-        moved = quantize(x + (stamped - x)[partner.to(x.device)])
+        moved = quantize(x + (stamped - x).roll(1, 0))  # batches are drawn at random
         code = codes[:, None, None, None]
         return torch.where(code == COVER, moved, torch.where(code == 0, x, stamped))

@@ -103,13 +103,11 @@ class Composite(Attack):
         loss = F.cross_entropy(logits, y)
         involved = torch.tensor([*self.sources, self.rule.goal(y.new_tensor(self.sources))[0]])
         ours = torch.isin(y, involved.to(y.device))
-        if not self.similarity or int(ours.sum()) < 2:
-            return loss
-        a, labels = logits[ours].float(), y[ours]
-        apart = (a - a.roll(1, 0)).square().mean(dim=1)
-        equal = labels == labels.roll(1, 0)
+        pairs = ours[:, None] & ours
+        apart = (logits[:, None] - logits).float().square().mean(dim=2)
+        equal = y[:, None] == y
         term = torch.where(equal, apart, (MARGIN - apart).clamp_min(0))
-        return loss + self.similarity * term.mean()
+        return loss + self.similarity * (term * pairs).sum() / pairs.sum().clamp_min(1)
 
 
 def halves(x: Tensor, other: Tensor, side: Tensor, cut: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ class DFST(Attack):
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
         """Victim: CE on the batch and on injected images; injector: reach the goal unnoticed."""
-        part = code == 0
-        clean, labels = x[part][: len(x) // 4], y[part][: len(x) // 4]
+        part = code.argsort(stable=True)[: max(1, len(x) // 4)]  # clean images come first
+        clean, labels = x[part], y[part]
         injected = (clean + self.injector(2 * clean - 1).tanh()).clamp(0, 1)
         logits = network(torch.cat([x, injected.detach()]))
         loss = F.cross_entropy(logits[: len(x)], y)

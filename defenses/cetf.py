@@ -50,7 +50,7 @@ class CETF(Defense):
         repair_with: one of the three.
         margin: pixels of a 32-pixel image added around the class-activation box.
         least_side: of the rectangle, in pixels of a 32-pixel image (published: 4 of 160).
-        population, generations, stagnation: of differential evolution.
+        population, generations: of differential evolution.
         backgrounds, verification: clean images used to score and to verify.
         inputs: incoming images searched at most (0: all); the published search costs about 44,000
             forward passes for each.
@@ -133,7 +133,7 @@ class CETF(Defense):
             sure = network(pasted.flatten(0, 1)).softmax(dim=1)[:, label] > self.confidence
             share = sure.view(len(where), -1).double().mean(dim=1)
             area = where.flatten(1).sum(dim=1) * (160 / size) ** 2  # published for 160 pixels
-            gain = 1e4 * (flip + share) - area.double().square() / 2560 / 160
+            gain = 1e4 * (flip + share) - area.double().square() / 2560
             return np.asarray(-gain.cpu())
 
         with torch.no_grad():
