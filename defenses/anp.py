@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from dhbe.data import Budget, DefenderData, TrainingBatches
 from dhbe.defense import Defense
 from dhbe.features import unrecorded
-from dhbe.masks import Scale, attach, clamp, fold, norms, prune
+from dhbe.masks import Scale, attach, clamp, fold, norms
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
-from dhbe.selection import THRESHOLDS, Selection, strongest
+from dhbe.selection import Selection, prune_by_masks
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
 
@@ -56,27 +56,16 @@ class ANP(Defense):
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         masks = self.learn_masks(network, data, runtime)
-
-        def cut(net: Normalized, threshold: float) -> int:
-            return prune(norms(net, method="anp"), masks, threshold)
-
-        threshold = self.threshold
-        if self.selection == "fixed":
-            cut(network, threshold)
-        else:
-            tried = THRESHOLDS
-            threshold, network = strongest(
-                network,
-                tried,
-                cut,
-                data=data,
-                runtime=runtime,
-                selection=self.selection,
-                max_drop=self.max_drop,
-            )
-        total = sum(int((m <= threshold).sum()) for m in masks)
-        runtime.recorder.notes.append(f"anp pruned {total} channels, threshold {threshold}")
-        return network
+        return prune_by_masks(
+            network,
+            masks,
+            method="anp",
+            fixed=self.threshold,
+            selection=self.selection,
+            max_drop=self.max_drop,
+            data=data,
+            runtime=runtime,
+        )
 
     def learn_masks(
         self, network: Normalized, data: DefenderData, runtime: Runtime

@@ -82,7 +82,8 @@ class AWM(Defense):
 
         def perturb(_: float) -> None:
             nonlocal delta
-            found = universal(network, batches, learning_rate=self.delta_rate)
+            with runtime.autocast():
+                found = universal(network, batches, learning_rate=self.delta_rate)
             delta = found * (bound / found.abs().sum().clamp_min(1e-12)).clamp_max(1)
 
         module = Supervised(

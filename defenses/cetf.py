@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from dhbe.data import Budget, DefenderData, TrainingBatches, to_float
 from dhbe.defense import Defense
-from dhbe.errors import ConfigError
-from dhbe.features import capture, stages
+from dhbe.features import smooth_cam
 from dhbe.masks import norms
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
@@ -163,7 +162,7 @@ class CETF(Defense):
     ) -> tuple[int, int, int, int]:
         """Rows and columns (top, left, bottom, right) where the class activation is high."""
         size = x.shape[-1]
-        heat = smooth_cam(network, x, label, seed)
+        heat = smooth_cam(network, x, label, seed, method="cetf")
         rows, columns = (heat >= self.cam_threshold * heat.max()).nonzero(as_tuple=True)
         margin = round(self.margin * size / 32)
         top, left = (max(0, int(v.min()) - margin) for v in (rows, columns))
@@ -216,28 +215,3 @@ def rectangles(values: Tensor, size: int) -> Tensor:
     columns = (at >= left) & (at < left + width)
     inside: Tensor = rows[:, :, None] & columns[:, None, :]
     return inside
-
-
-def smooth_cam(
-    network: Normalized, x: Tensor, label: int, seed: int, *, copies: int = 8, noise: float = 0.1
-) -> Tensor:
-    """SmoothGrad-CAM++ (H, W) of a class on the last feature map, averaged over noisy copies.
-
-    Raises:
-        ConfigError: the network has no feature map.
-    """
-    found = stages(network, network.probe())
-    if not found:
-        raise ConfigError("defense=cetf: the network has no feature maps; use defense=finetune")
-    rng = torch.Generator().manual_seed(seed)
-    blur = torch.randn((copies, *x.shape), generator=rng).to(x.device, x.dtype)
-    inputs = (x + noise * blur).requires_grad_(True)
-    with torch.enable_grad(), capture(found[-1:]) as seen:
-        score = network(inputs)[:, label].sum()
-        (slope,) = torch.autograd.grad(score, seen[0])
-    maps = seen[0].detach()
-    square, cube = slope.square(), slope**3
-    weight = square / (2 * square + (maps * cube).sum(dim=(2, 3), keepdim=True)).clamp_min(1e-12)
-    heat = ((weight * slope.relu()).sum(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().mean(0)
-    enlarged: Tensor = F.interpolate(heat[None, None], size=x.shape[-2:], mode="bilinear")
-    return enlarged[0, 0]

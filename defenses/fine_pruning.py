@@ -13,7 +13,7 @@ from dhbe.defense import Defense
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier, penultimate
 from dhbe.runtime import Runtime
-from dhbe.selection import Selection, strongest
+from dhbe.selection import Selection, choose
 from dhbe.training import Schedule, Supervised
 
 
@@ -48,19 +48,16 @@ class FinePruning(Defense):
         def cut(net: Normalized, share: float) -> None:
             classifier(net).weight.data[:, order[: round(share * len(order))]] = 0
 
-        share = self.share
-        if self.selection == "fixed":
-            cut(network, share)
-        else:
-            share, network = strongest(
-                network,
-                [i / 100 for i in range(100)],
-                cut,
-                data=data,
-                runtime=runtime,
-                selection=self.selection,
-                max_drop=self.max_drop,
-            )
+        share, network = choose(
+            network,
+            [i / 100 for i in range(100)],
+            cut,
+            fixed=self.share,
+            selection=self.selection,
+            max_drop=self.max_drop,
+            data=data,
+            runtime=runtime,
+        )
         runtime.recorder.notes.append(f"fine_pruning pruned {share:.0%} of {len(order)} features")
         batches = TrainingBatches(
             clean,

@@ -72,7 +72,9 @@ class IBAU(Defense):
 
         def perturb(_: float) -> None:
             nonlocal delta
-            delta = universal(network, batches, learning_rate=self.delta_rate, penalty=self.penalty)
+            rate, penalty = self.delta_rate, self.penalty
+            with runtime.autocast():
+                delta = universal(network, batches, learning_rate=rate, penalty=penalty)
 
         module = Supervised(
             network,

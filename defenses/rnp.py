@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from dhbe.data import Budget, DefenderData, TrainingBatches
 from dhbe.defense import Defense
-from dhbe.masks import attach, clamp, norms, prune
+from dhbe.masks import attach, clamp, norms
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
-from dhbe.selection import THRESHOLDS, Selection, strongest
+from dhbe.selection import Selection, prune_by_masks
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
 from dhbe.unlearning import unlearn
@@ -89,23 +89,13 @@ class RNP(Defense):
         )
         own.fit(module, batches, epochs=self.recover_schedule.epochs)
         masks = [s.mask.detach() for s in scales]
-
-        def cut(net: Normalized, threshold: float) -> int:
-            return prune(norms(net, method="rnp"), masks, threshold)
-
-        threshold = self.threshold
-        if self.selection == "fixed":
-            cut(network, threshold)
-        else:
-            threshold, network = strongest(
-                network,
-                THRESHOLDS,
-                cut,
-                data=data,
-                runtime=runtime,
-                selection=self.selection,
-                max_drop=self.max_drop,
-            )
-        total = sum(int((m <= threshold).sum()) for m in masks)
-        runtime.recorder.notes.append(f"rnp pruned {total} channels, threshold {threshold}")
-        return network
+        return prune_by_masks(
+            network,
+            masks,
+            method="rnp",
+            fixed=self.threshold,
+            selection=self.selection,
+            max_drop=self.max_drop,
+            data=data,
+            runtime=runtime,
+        )

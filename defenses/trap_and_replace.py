@@ -117,7 +117,9 @@ class TrapAndReplace(Defense):
         mix = v2.CutMix(alpha=1.0, num_classes=network.spec.classes)
 
         def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return F.dropout(output, self.dropout)
+            noise = batches.noise
+            drawn = torch.rand(output.shape, generator=noise, device=noise.device)
+            return output * (drawn >= self.dropout).to(output.dtype) / (1 - self.dropout)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             for layer in head:

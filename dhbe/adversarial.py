@@ -41,8 +41,9 @@ def universal(
     neither d nor x + d is clipped.
     """
     delta: Tensor | None = None
+    dtype = next(network.parameters()).dtype
     for batch in batches:
-        x = batch.images
+        x = batch.images.to(dtype)
         if delta is None:
             delta = torch.zeros_like(x[:1])
         delta.requires_grad_(True)

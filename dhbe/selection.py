@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dhbe.data import DefenderData, ImageSet, to_float
+from dhbe.masks import norms, prune
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
 
@@ -18,7 +19,7 @@ Selection = Literal["fixed", "validation", "oracle"]
 in every table) with eyes on the test set."""
 Choice = TypeVar("Choice")
 THRESHOLDS = [-1.0, *(i / 20 for i in range(19))]
-"""Mask thresholds to try: none pruned, then 0, 0.05 ... 0.9 (ANP, RNP)."""
+"""Mask thresholds to try: none pruned, then 0, 0.05 ... 0.9."""
 
 
 @torch.no_grad()
@@ -34,41 +35,66 @@ def accuracy(network: nn.Module, images: ImageSet, runtime: Runtime) -> float:
     return hits / len(images)
 
 
-def strongest(
+def choose(
     network: Normalized,
     choices: Sequence[Choice],
     apply: Callable[[Normalized, Choice], object],
     *,
-    data: DefenderData,
-    runtime: Runtime,
+    fixed: Choice,
     selection: Selection,
     max_drop: float,
+    data: DefenderData,
+    runtime: Runtime,
 ) -> tuple[Choice, Normalized]:
-    """The last of ``choices``, ordered from mild to strong, that keeps accuracy; and its network.
+    """One of ``choices``, ordered from mild to strong, and the network it was applied to.
 
-    ``validation``: the strongest whose accuracy on the defender's validation images is at most
-    ``max_drop`` below the untouched network's. ``oracle``: the one with the best DER on the test
-    set (best-case figure; the row is marked).
+    ``fixed``: the given one. ``validation``: the last whose accuracy on the defender's validation
+    images is at most ``max_drop`` below the untouched network's. ``oracle``: the one with the best
+    DER on the test set (best-case figure; the row is marked).
 
     Args:
         apply: changes a copy of the network, in place.
     """
-    assert selection != "fixed"
-    before = accuracy(network, data.validation(), runtime) if selection == "validation" else 0.0
-    truth = data.oracle(network) if selection == "oracle" else {}
-    best: tuple[Choice, Normalized] | None = None
-    best_score = -1.0
-    for choice in choices:
+
+    def applied(choice: Choice) -> Normalized:
         candidate = copy.deepcopy(network)
         apply(candidate, choice)
-        if selection == "validation":
-            if best and accuracy(candidate, data.validation(), runtime) < before - max_drop:
-                break
-            best = (choice, candidate)
-        else:
-            found = data.oracle(candidate)
-            score = max(0.0, truth["asr"] - found["asr"]) - max(0.0, truth["acc"] - found["acc"])
-            if score > best_score:
-                best, best_score = (choice, candidate), score
-    assert best is not None
-    return best
+        return candidate
+
+    if selection == "fixed":
+        return fixed, applied(fixed)
+    if selection == "oracle":
+        truth, results = data.oracle(network), [data.oracle(applied(c)) for c in choices]
+        scores = [
+            max(0.0, truth["asr"] - r["asr"]) - max(0.0, truth["acc"] - r["acc"]) for r in results
+        ]
+        best = choices[scores.index(max(scores))]
+        return best, applied(best)
+    least = accuracy(network, data.validation(), runtime) - max_drop
+    best, repaired = choices[0], applied(choices[0])
+    for choice in choices[1:]:
+        candidate = applied(choice)
+        if accuracy(candidate, data.validation(), runtime) < least:
+            break
+        best, repaired = choice, candidate
+    return best, repaired
+
+
+def prune_by_masks(
+    network: Normalized, masks: Sequence[Tensor], *, method: str, fixed: float, **how: Any
+) -> Normalized:
+    """Prune the channels with masks at or below a threshold, of 0, 0.05 ... 0.9 (ANP, RNP).
+
+    Args:
+        masks: (C,) of each BatchNorm.
+        fixed: threshold for ``selection=fixed``.
+        how: ``selection``, ``max_drop``, ``data`` and ``runtime``, as in ``choose``.
+    """
+
+    def cut(net: Normalized, threshold: float) -> None:
+        prune(norms(net, method=method), masks, threshold)
+
+    threshold, network = choose(network, THRESHOLDS, cut, fixed=fixed, **how)
+    total = sum(int((m <= threshold).sum()) for m in masks)
+    how["runtime"].recorder.notes.append(f"{method} pruned {total} channels, threshold {threshold}")
+    return network

@@ -74,7 +74,7 @@ class Schedule:
 
 
 class AdamSchedule(Schedule):
-    """Adam instead of SGD, for networks that an attack trains beside or before its victim.
+    """Adam instead of SGD.
 
     Args:
         epochs: of a training of its own; a player beside the victim follows the victim's budget.

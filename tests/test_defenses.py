@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,17 +149,22 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_no_look_beyond_the_needs(name: str, compose_config, images, make_runtime) -> None:
-    """With exactly what it declares and nothing else, every defense runs."""
+    """What a defense looks at is what it declares, though it is offered everything."""
     defense = build(name, compose_config)
-    needs = defense.needs
-    data = rich(images)
-    if not needs.clean:
-        data.clean = data.validation = Forbidden(Budget())._never  # type: ignore[method-assign]
-    if not needs.poisoned:
-        data._poisoned = None
-    if not needs.incoming:
-        data._incoming = None
+    data, asked = rich(images), set()
+
+    def spy(door, real, *args, **kwargs):
+        asked.add(door)
+        return real(*args, **kwargs)
+
+    for door in ("clean", "validation", "poisoned", "incoming", "oracle"):
+        setattr(data, door, partial(spy, door, getattr(data, door)))
     defense(suspect(), data, make_runtime())
+    needs = defense.needs
+    owned = {"clean", "validation"} if needs.clean else set()
+    owned |= {d for d in ("poisoned", "incoming") if getattr(needs, d)}
+    assert asked <= owned
+    assert asked or not owned, "declares a need that it does not use"
 
 
 @pytest.mark.parametrize("name", DEFENSES)

@@ -18,20 +18,20 @@ from torch.nn import functional as F
 from defenses.abl import local_ascent
 from defenses.anp import ANP
 from defenses.awm import AWM
-from defenses.cetf import rectangles, smooth_cam
+from defenses.cetf import rectangles
 from defenses.fip import Spectrum, fisher_trace
 from defenses.ft_sam import ascent
 from defenses.i_bau import implicit
 from defenses.nad import attention
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
-from defenses.ssft import Gate, stage, suppress
+from defenses.ssft import Gate, critical, stage, suppress
 from defenses.trap_and_replace import decoder, total_variation
 from defenses.ulrl import reset
 from dhbe.adversarial import universal
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches
 from dhbe.errors import ConfigError
 from dhbe.evaluate import Evaluator
-from dhbe.features import blocks, capture, executed_after, stages, unrecorded
+from dhbe.features import blocks, capture, executed_after, smooth_cam, stages, unrecorded
 from dhbe.masks import attach, clamp, fold, norms, prune
 from dhbe.metrics import outliers, rates
 from dhbe.models import Normalized
@@ -41,7 +41,7 @@ from dhbe.models.other import vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet
 from dhbe.models.resnet import resnet
 from dhbe.rng import generator
-from dhbe.selection import accuracy, strongest
+from dhbe.selection import accuracy, choose
 from dhbe.training import Schedule
 from dhbe.types import Suspect
 from dhbe.unlearning import unlearn
@@ -134,28 +134,40 @@ def test_stages_go_from_fine_to_coarse(network: nn.Module, count: int) -> None:
     assert head[-1] is classifier(network)
 
 
-def test_strongest_keeps_the_accuracy(images: Resident, make_runtime) -> None:
-    """Choices multiply the logits' margin away: the last one before the drop wins."""
+@pytest.mark.parametrize(
+    ("selection", "expected"), [("fixed", 0.1), ("validation", 0.5), ("oracle", 0.9)]
+)
+def test_choice_follows_the_selection(
+    selection: str, expected: float, images: Resident, make_runtime
+) -> None:
+    """0.9 alone costs accuracy; an oracle that sees ASR fall to 0 by it takes it nevertheless."""
     network = tiny(SPEC)
     labels = Oracle.of(images, network)
-    data = DefenderData(Budget(fraction=0.2), pool=labels, train_size=400, seed=0)
+
+    def measure(net) -> dict[str, float]:
+        spoilt = bool((classifier(net).weight == 0).all())
+        return {"acc": 0.8 - 0.5 * spoilt, "asr": 1.0 - spoilt}
+
+    data = DefenderData(Budget(fraction=0.2), pool=labels, train_size=400, seed=0, oracle=measure)
 
     def spoil(net, share):
         if share > 0.5:
             classifier(net).weight.data.zero_()
             classifier(net).bias.data.copy_(torch.tensor([9.0, 0, 0, 0]))
 
-    choice, chosen = strongest(
+    choice, chosen = choose(
         network,
         [0.1, 0.5, 0.9],
         spoil,
+        fixed=0.1,
+        selection=selection,
+        max_drop=0.1,
         data=data,
         runtime=make_runtime(),
-        selection="validation",
-        max_drop=0.1,
     )
-    assert choice == 0.5
-    assert accuracy(chosen, data.validation(), make_runtime()) == 1
+    assert choice == expected
+    assert (accuracy(chosen, data.validation(), make_runtime()) == 1) == (expected < 0.9)
+    assert (classifier(network).weight != 0).any(), "works on copies"
 
 
 class Oracle:
@@ -386,6 +398,17 @@ def test_suppressed_shortcuts() -> None:
     assert [b in found[2:4] for b in stage(network, found[3])] == [True, True]
 
 
+def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resident) -> None:
+    def measure(net) -> dict[str, float]:
+        inner = [b.downsample for b in blocks(net, method="x", least=1)]
+        first, second = (g.factor if isinstance(g, Gate) else 1.0 for g in inner[:2])
+        return {"acc": 0.9, "asr": 0.6 * (second > 0.45) + 0.3 * (first > 0.45)}
+
+    network = resnet(depth=18, stem="cifar", classes=10, channels=3, image_size=32)
+    data = DefenderData(Budget(), pool=images, train_size=400, seed=0, oracle=measure)
+    assert critical(network, data) == 1
+
+
 def test_networks_without_shortcuts_are_refused() -> None:
     with pytest.raises(ConfigError, match="defense=ssft: the network has 0 residual blocks"):
         blocks(vgg19_bn(classes=10, channels=3, image_size=32), method="ssft", least=1)
@@ -429,7 +452,7 @@ def test_class_activation_looks_at_the_bright_spot() -> None:
     network = tiny(SPEC)
     x = torch.zeros(SPEC.shape)
     x[:, 10:14, 10:14] = 1
-    heat = smooth_cam(network, x, 0, 0)
+    heat = smooth_cam(network, x, 0, 0, method="cetf")
     assert heat.shape == (16, 16)
     assert heat.min() >= 0
 

@@ -15,8 +15,10 @@ from dhbe.report.folder import rows
 def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None:
     """Print before/after rates, times and the folder's path."""
     m = metrics
-    title = escape(f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}, seed {m['seed']}")
-    table = Table(title=title)
+    title = f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}, seed {m['seed']}"
+    if m["selection"] == "oracle":
+        title += ", chosen with eyes on the test set (oracle)"
+    table = Table(title=escape(title))
     table.add_column("")
     table.add_column("victim", justify="right")
     table.add_column("purified", justify="right")
