@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from matplotlib.figure import Figure
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
 
-from dhbe.report.collect import collect, markdown
+from dhbe.report.collect import collect
+from dhbe.report.tables import markdown
 
 SETTING = ["data", "model", "epochs", "seed"]
 KEYS = [*SETTING, "attack"]
@@ -51,16 +51,8 @@ def victims(folders: list[Path]) -> pd.DataFrame:
     table = collect(folders)
     if table.empty:
         return table
-    table = table[table["defense"] == "none"].copy()
-    table["epochs"] = [epochs(Path(f)) for f in table["folder"]]
-    age = [(Path(f) / "metrics.json").stat().st_mtime for f in table["folder"]]
-    return table.iloc[np.argsort(age)].drop_duplicates(KEYS, keep="last").reset_index(drop=True)
-
-
-def epochs(folder: Path) -> int:
-    """Length of the victim's training."""
-    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
-    return int(config["victim"]["epochs"])
+    table = table[table["defense"] == "none"]
+    return table.drop_duplicates(KEYS, keep="last").reset_index(drop=True)
 
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from dhbe.report.collect import markdown, write_report
+import pandas as pd
+
+from dhbe.report.collect import collect, merge, select
+from dhbe.report.publish import write_report
+from dhbe.report.tables import beside_published, markdown
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+"""BackdoorBench's leaderboard and the table of NFT, with their sources."""
 
 
 def main() -> None:
@@ -14,12 +21,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dhbe.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="result folders, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("outputs/report"))
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="COLUMN=VALUE[,VALUE]", help="keep these runs"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="keep the runs of a former OUT/results.csv"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        type=Path,
+        const=PUBLISHED,
+        metavar="CSV",
+        help="show published figures beside ours (without CSV: those that come with dhbe)",
+    )
     options = parser.parse_args()
+    table = collect(options.folders)
+    if table.empty:
+        sys.exit(f"error: no metrics.json below {', '.join(map(str, options.folders))}")
     try:
-        summary = write_report(options.folders, options.out)
-    except FileNotFoundError as error:
+        table = select(table, options.where)
+    except ValueError as error:
         sys.exit(f"error: {error}")
-    print(markdown(summary))
+    if options.merge:
+        table = merge(options.out / "results.csv", table)
+    if table.empty:
+        sys.exit(f"error: no run has {' '.join(options.where)}")
+    extra = {}
+    if options.compare:
+        published = pd.read_csv(options.compare)
+        extra["Beside published figures"] = beside_published(table, published)
+    tables = write_report(table, options.out, extra)
+    print(markdown(tables["ACC / ASR by attack"]))
     print(f"report: {options.out / 'index.html'}")
 
 

@@ -45,7 +45,8 @@ def write_page(folder: Path) -> Path:
     return target
 
 
-def _data_url(blob: bytes, kind: str = "image/png") -> str:
+def data_url(blob: bytes, kind: str = "image/png") -> str:
+    """Bytes as a URL that a page can hold."""
     return f"data:{kind};base64,{base64.b64encode(blob).decode()}"
 
 
@@ -54,12 +55,12 @@ def _png(pixels: np.ndarray) -> str:
     image = pixels.transpose(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
-    return _data_url(buffer.getvalue())
+    return data_url(buffer.getvalue())
 
 
 def _shown(file: Path) -> dict[str, str]:
     epoch = file.stem.rsplit("_", 1)[-1].lstrip("0")
-    return {"url": _data_url(file.read_bytes()), "caption": f"epoch {epoch}"}
+    return {"url": data_url(file.read_bytes()), "caption": f"epoch {epoch}"}
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:
@@ -115,4 +116,4 @@ def _curves(file: Path) -> str | None:
             axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    return _data_url(buffer.getvalue(), "image/svg+xml")
+    return data_url(buffer.getvalue(), "image/svg+xml")

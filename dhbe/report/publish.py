@@ -1,0 +1,57 @@
+"""The collected report: tables and figures as files, and one page that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from dhbe.report.figures import figures
+from dhbe.report.page import data_url
+from dhbe.report.tables import compare, latex, markdown, matrix, ranking, summarize
+
+HIDDEN = ["case", "method", "folder"]
+
+
+def write_report(
+    table: pd.DataFrame, out: Path, extra: dict[str, pd.DataFrame] | None = None
+) -> dict[str, pd.DataFrame]:
+    """Write the report of ``collect``'s table into ``out``; returns its tables by title.
+
+    ``results.csv`` and ``results.parquet`` (every run), ``tables.md``, ``tables.tex``, figures as
+    PNG, and ``index.html``, one self-contained page.
+
+    Args:
+        extra: more tables by title, for instance runs that failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "results.csv", index=False)
+    table.to_parquet(out / "results.parquet", index=False)
+    tables = {
+        "ACC / ASR by attack": matrix(table),
+        "RA / DER by attack": matrix(table, ("ra", "der")),
+        "Ranks": ranking(table),
+        "Pairs of defenses": compare(table),
+        "Means over seeds": summarize(table),
+    } | (extra or {})
+    tables = {title: found for title, found in tables.items() if not found.empty}
+    sections = [f"## {title}\n\n{markdown(found)}" for title, found in tables.items()]
+    (out / "tables.md").write_text("\n".join(sections))
+    parts = [f"% {title}\n{latex(found)}" for title, found in tables.items()]
+    (out / "tables.tex").write_text("\n".join(parts))
+    pictures = []
+    for name, caption, figure in figures(table):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        (out / f"{name}.png").write_bytes(buffer.getvalue())
+        pictures.append({"source": data_url(buffer.getvalue()), "caption": caption})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dhbe.report", "templates"), autoescape=True
+    )
+    page = environment.get_template("collection.html").render(
+        tables=tables | {"Every run": table.drop(columns=HIDDEN)}, pictures=pictures
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return tables

@@ -1,0 +1,212 @@
+"""Summaries over seeds and victims, with intervals; comparisons that respect them."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, wilcoxon
+from scipy.stats import t as student_t
+
+from dhbe.report.collect import CASE, METHOD
+from dhbe.report.folder import ROLES
+
+SHOWN = ("acc", "asr", "ra")
+RESAMPLES = 2000
+
+
+def interval(values: pd.Series, digits: int = 1) -> str:
+    """Mean with Student's 95 % interval, as text; the mean alone for one value."""
+    values = values.dropna().astype(float)
+    if values.empty:
+        return "–"
+    if len(values) == 1:
+        return f"{values.iloc[0]:.{digits}f}"
+    half = student_t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
+    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+
+
+def without_empty(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """The table less those of ``columns`` that hold nothing."""
+    return table.drop(columns=[c for c in columns if (table[c] == "").all()])
+
+
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per case and method: means over seeds with n and 95 % intervals; rates in percent."""
+    rows = []
+    for key, group in table.groupby([*CASE, *METHOD], sort=True):
+        row = dict(zip([*CASE, *METHOD], key, strict=True)) | {"n": len(group)}
+        for role in ROLES:
+            for name in SHOWN:
+                row[f"{role} {name.upper()}"] = interval(group[f"{role}_{name}"] * 100)
+        row["DER"] = interval(group["der"] * 100)
+        row["seconds"] = interval(group["seconds_defense"])
+        rows.append(row)
+    return without_empty(pd.DataFrame(rows), ["attack_variant", "defense_variant"])
+
+
+def labels(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with ``attacked`` and ``method_name``: names that tell rows and columns apart."""
+    table = table.copy()
+    several = [c for c in ("data", "model") if table[c].nunique() > 1]
+    table["attacked"] = [
+        " ".join(str(v) for v in row if v) for row in table[[*several, *CASE[2:]]].to_numpy()
+    ]
+    one_budget = table.groupby("defense")["budget"].nunique().le(1)
+    table["method_name"] = [
+        " ".join(
+            [name, *([] if one_budget[name] else [f"({budget})"])]
+            + (["[oracle]"] if selection == "oracle" else [])
+            + ([variant] if variant else [])
+        )
+        for name, budget, selection, variant in table[METHOD].to_numpy()
+    ]
+    return table
+
+
+def matrix(table: pd.DataFrame, rates: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
+    """Defenses down, attacks across; cells hold means over seeds of ``rates`` in percent, and n."""
+    table = labels(table)
+
+    def cell(group: pd.DataFrame) -> str:
+        columns = ["der" if r == "der" else f"purified_{r}" for r in rates]
+        text = " / ".join(interval(100 * group[c]) for c in columns)
+        return f"{text} (n={len(group)})" if len(group) > 1 else text
+
+    cells = {
+        key: cell(group) for key, group in table.groupby(["method_name", "attacked"], sort=False)
+    }
+    wide = pd.Series(cells).unstack(fill_value="not run")
+    wide = wide.reindex(index=order(table), columns=sorted(wide.columns))
+    return wide.rename_axis(index="defense", columns=None).reset_index()
+
+
+def order(table: pd.DataFrame) -> list[str]:
+    """Method names, best mean DER first."""
+    means = table.groupby("method_name")["der"].mean().sort_values(ascending=False, kind="stable")
+    return [str(name) for name in means.index]
+
+
+def victims(table: pd.DataFrame) -> pd.DataFrame:
+    """DER in percent: a row per victim (case and seed), a column per method."""
+    table = labels(table)
+    table = table[table["der"].notna()]
+    wide = table.pivot_table(index=["case", "seed"], columns="method_name", values="der") * 100
+    return wide[[name for name in order(table) if name in wide]]
+
+
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """Each two methods on the victims they share: difference of DER in points.
+
+    Bootstrap 95 % interval of the mean (percentile, over victims) from two victims on; Wilcoxon's
+    signed-rank p from six on. The p values are not corrected for the number of pairs.
+    """
+    wide = victims(table)
+    rows = []
+    for a, b in itertools.combinations(wide.columns, 2):
+        gap = (wide[a] - wide[b]).dropna().to_numpy()
+        if not len(gap):
+            continue
+        low = high = p = float("nan")
+        if len(gap) > 1:
+            drawn = bootstrap(
+                (gap,),
+                np.mean,
+                n_resamples=RESAMPLES,
+                method="percentile",
+                rng=np.random.default_rng(0),
+            )
+            low, high = drawn.confidence_interval
+        if len(gap) >= 6 and np.any(gap != 0):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                p = float(wilcoxon(gap).pvalue)
+        rows.append(
+            {"better": a, "worse": b, "victims": len(gap), "DER difference": gap.mean()}
+            | {"low": low, "high": high, "p": p}
+        )
+    columns = ["better", "worse", "victims", "DER difference", "low", "high", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def ranking(table: pd.DataFrame) -> pd.DataFrame:
+    """Ranks by DER that stay open where intervals overlap.
+
+    A method stands before another only if the bootstrap interval of their paired difference
+    excludes 0; the rank is a range, from 1 + those before it to all - those after it.
+    """
+    wide, pairs = victims(table), compare(table)
+    before, after = (dict.fromkeys(wide.columns, 0) for _ in range(2))
+    for pair in pairs.to_dict("records"):
+        if pair["low"] > 0:
+            first, second = pair["better"], pair["worse"]
+        elif pair["high"] < 0:
+            first, second = pair["worse"], pair["better"]
+        else:
+            continue
+        before[second] += 1
+        after[first] += 1
+    rows = []
+    for name in wide.columns:
+        best, worst = 1 + before[name], len(wide.columns) - after[name]
+        rank = str(best) if best == worst else f"{best}–{worst}"
+        values = wide[name].dropna()
+        rows.append(
+            {"rank": rank, "defense": name, "mean DER": interval(values), "victims": len(values)}
+        )
+    return pd.DataFrame(rows, columns=["rank", "defense", "mean DER", "victims"])
+
+
+def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Measured means beside published figures of the same data, attack, rate and defense.
+
+    The network may be another: both are named. ``band`` says whether ACC is within 1.5 points and
+    ASR within 5 points, or within twice the published ASR where that is below 10 %; there is no
+    band for a published ASR between 20 and 80 %, which differs from seed to seed.
+
+    Args:
+        published: columns source, data, model, attack, poison_rate, defense, acc, asr (percent).
+    """
+    keys = ["data", "attack", "poison_rate", "defense"]
+    table = table.assign(
+        defense=table["defense"].str.removesuffix("_cpu"),
+        attack=table["attack"].str.removesuffix("_cpu"),
+    )
+    rows = []
+    for key, group in table.groupby([*keys, "model", "attack_variant", "defense_variant"]):
+        there = (published[keys] == list(key[:4])).all(axis=1)
+        for figure in published[there].to_dict("records"):
+            acc, asr = (100 * group[f"purified_{r}"].mean() for r in ("acc", "asr"))
+            reach = 2 * figure["asr"] if figure["asr"] < 10 else 5.0
+            close = abs(acc - figure["acc"]) <= 1.5 and abs(asr - figure["asr"]) <= max(5.0, reach)
+            band = "no band" if 20 <= figure["asr"] <= 80 else "inside" if close else "outside"
+            rows.append(
+                dict(zip(keys, key[:4], strict=True))
+                | {"measured on": key[4], "n": len(group)}
+                | {r.upper(): interval(100 * group[f"purified_{r}"]) for r in ("acc", "asr")}
+                | {"published on": figure["model"]}
+                | {f"published {r.upper()}": figure[r] for r in ("acc", "asr")}
+                | {"band": band, "source": figure["source"]}
+            )
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Pipe table."""
+    rule = ["---"] * table.shape[1]
+    rows = [list(table.columns), rule, *table.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(_text(v) for v in r) + " |" for r in rows) + "\n"
+
+
+def latex(table: pd.DataFrame) -> str:
+    """Booktabs table."""
+    text = table.map(_text).to_latex(index=False, escape=True)
+    return text.replace("±", r"$\pm$").replace("–", "--")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if np.isnan(value) else f"{value:.3g}"
+    return str(value)
