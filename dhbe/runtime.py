@@ -205,6 +205,7 @@ class Runtime:
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning")
+            warnings.filterwarnings("ignore", message="The `srun` command")  # Slurm's login nodes
             trainer = pl.Trainer(
                 accelerator="gpu" if config.device.type == "cuda" else "cpu",
                 devices=1,

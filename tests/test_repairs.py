@@ -595,8 +595,7 @@ def test_the_toy_backdoor_goes(name: str, compose_config, toys, make_runtime) ->
 
 @pytest.mark.parametrize(
     ("name", "innocent"),
-    # On the toy a large pasted rectangle carries the stripes of its class, so CETF finds those too.
-    [("neural_cleanse", "classes []"), ("cetf", "classes [")],
+    [("neural_cleanse", "classes []"), ("cetf", "classes []")],
 )
 def test_detectors_name_the_target_class(
     name: str, innocent: str, compose_config, toys, make_runtime

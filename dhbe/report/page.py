@@ -37,6 +37,8 @@ def write_page(folder: Path) -> Path:
         examples=_examples(folder),
         generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
         patches=[_shown(p) for p in pictures if p.name.startswith("patches")],
+        triggers=[_shown(p) for p in pictures if p.name.startswith("triggers_found")],
+        target=_target_class(folder / "predictions.npz"),
         curves=_curves(folder / "curves.csv"),
         config=(folder / "config.yaml").read_text(),
     )
@@ -59,8 +61,16 @@ def _png(pixels: np.ndarray) -> str:
 
 
 def _shown(file: Path) -> dict[str, str]:
-    epoch = file.stem.rsplit("_", 1)[-1].lstrip("0")
-    return {"url": data_url(file.read_bytes()), "caption": f"epoch {epoch}"}
+    epoch = file.stem.rpartition("_")[2].lstrip("0")
+    caption = f"epoch {epoch}" if epoch.isdigit() else ""
+    return {"url": data_url(file.read_bytes()), "caption": caption}
+
+
+def _target_class(file: Path) -> int | None:
+    """The attacker's one target class; None if there are several, or none is known."""
+    found = np.load(file)
+    goals = np.unique(found["goal"]) if "goal" in found and "victim_triggered" in found else []
+    return int(goals[0]) if len(goals) == 1 else None
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:
