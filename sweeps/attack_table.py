@@ -2,7 +2,8 @@
 
 ``python -m sweeps.attack_table DIR... --out docs/results/attacks_cpu [--sheet docs/attacks.png]``
 reads finished results, adds them to OUT.csv (a newer row replaces an older one of the same data,
-model, budget, attack and seed, so the table grows over several machines) and writes OUT.md.
+model, budget, attack and seed, so the table grows over several machines) and writes OUT.md, where
+everything above a line ``<!-- table -->`` stays as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dhbe.report.tables import markdown
 
 SETTING = ["data", "model", "epochs", "seed"]
 KEYS = [*SETTING, "attack"]
+MARK = "<!-- table -->\n\n"
 SHOWN = 3
 """Test images per attack on the sheet."""
 GAIN = 4
@@ -150,7 +152,9 @@ def main() -> None:
     table = merged(options.out.with_suffix(".csv"), rows(found))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     table.round(6).to_csv(options.out.with_suffix(".csv"), index=False)
-    options.out.with_suffix(".md").write_text(text(table))
+    page = options.out.with_suffix(".md")
+    head = page.read_text().partition(MARK)[0] + MARK if page.exists() else ""
+    page.write_text(head + text(table))
     print(text(table))
     if options.sheet:
         sheet(found).savefig(options.sheet, dpi=110)

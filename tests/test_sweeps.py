@@ -69,6 +69,10 @@ def test_command_writes_table_and_sheet(results: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sweeps.attack_table", str(results)]
     command += ["--out", str(tmp_path / "t"), "--sheet", str(tmp_path / "t.png")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    page = tmp_path / "t.md"
+    page.write_text("How it was made.\n\n<!-- table -->\n\nold")
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert page.read_text().startswith("How it was made.\n\n<!-- table -->\n\n| data |")
     assert len(pd.read_csv(tmp_path / "t.csv")) == 2
     assert (tmp_path / "t.md").read_text().count("blend") == 1
     assert (tmp_path / "t.png").stat().st_size > 1000
