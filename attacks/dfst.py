@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge, Len
+from annotated_types import Ge, Gt, Le, Len
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from typing_extensions import Unpack
 
 from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.features import unrecorded
 from dhbe.models.translator import Translator
 from dhbe.patterns import frozen_call
 from dhbe.rng import fork
@@ -36,7 +37,8 @@ class DFST(Attack):
 
     Args:
         alpha: strength of the style.
-        detox_weight: of the injected images' loss.
+        detox_reach: largest shift of an injected image, in pixels of [0, 1].
+        detox_weight: of the injected images' loss; they leave BatchNorm's statistics alone.
         similarity_weight: of 1 - SSIM in the injector's loss.
         widths: channels of the injector's levels.
         network_seed: initialises it.
@@ -51,6 +53,7 @@ class DFST(Attack):
         self,
         *,
         alpha: Fraction,
+        detox_reach: Annotated[float, Gt(0), Le(1)],
         detox_weight: Annotated[float, Ge(0)],
         similarity_weight: Annotated[float, Ge(0)],
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
@@ -59,7 +62,8 @@ class DFST(Attack):
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
-        self.alpha, self.detox_weight = alpha, detox_weight
+        self.alpha = alpha
+        self.detox_reach, self.detox_weight = detox_reach, detox_weight
         self.similarity_weight, self.injector_schedule = similarity_weight, injector_schedule
         channels, size = self.spec.channels, self.spec.image_size
         tint, glow = torch.tensor(WARM), torch.tensor([0.25, 0.10, -0.05])
@@ -83,10 +87,11 @@ class DFST(Attack):
         """Victim: CE on the batch and on injected images; injector: reach the goal unnoticed."""
         part = code.argsort(stable=True)[: max(1, len(x) // 4)]  # clean images come first
         clean, labels = x[part], y[part]
-        injected = (clean + self.injector(2 * clean - 1).tanh()).clamp(0, 1)
-        logits = network(torch.cat([x, injected.detach()]))
-        loss = F.cross_entropy(logits[: len(x)], y)
-        loss = loss + self.detox_weight * F.cross_entropy(logits[len(x) :], labels)
+        shift = self.detox_reach * self.injector(2 * clean - 1).tanh()
+        injected = (clean + shift).clamp(0, 1)
+        loss = F.cross_entropy(network(x), y)
+        detoxed = F.cross_entropy(unrecorded(network, injected.detach()), labels)
+        loss = loss + self.detox_weight * detoxed
         reach = F.cross_entropy(frozen_call(network, injected), self.rule.goal(labels))
         alike = ssim(injected.float(), clean.float(), data_range=1.0)
         assert isinstance(alike, Tensor)

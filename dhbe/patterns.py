@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.data import ImageSet, to_float
+from dhbe.features import unrecorded
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier, penultimate
 
@@ -58,7 +59,5 @@ def min_max(x: Tensor) -> Tensor:
 
 
 def frozen_call(network: nn.Module, x: Tensor) -> Tensor:
-    """``network(x)`` with gradients for ``x`` alone: its parameters count as constants."""
-    values = {k: p.detach() for k, p in network.named_parameters()}
-    out: Tensor = torch.func.functional_call(network, values, (x,))
-    return out
+    """``network(x)`` with gradients for ``x`` alone: weights and statistics stay as they are."""
+    return unrecorded(network, x, {k: p.detach() for k, p in network.named_parameters()})
