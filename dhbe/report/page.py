@@ -69,7 +69,9 @@ def _shown(file: Path) -> dict[str, str]:
 def _target_class(file: Path) -> int | None:
     """The attacker's one target class; None if there are several, or none is known."""
     found = np.load(file)
-    goals = np.unique(found["goal"]) if "goal" in found and "victim_triggered" in found else []
+    if "victim_triggered" not in found:
+        return None
+    goals = np.unique(found["goal"])
     return int(goals[0]) if len(goals) == 1 else None
 
 
