@@ -2,8 +2,8 @@
 
 ``python -m sweeps.attack_table DIR... --out docs/results/attacks_cpu [--sheet docs/attacks.png]``
 reads finished results, adds them to OUT.csv (a newer row replaces an older one of the same data,
-model, budget, attack and seed, so the table grows over several machines) and writes OUT.md, where
-everything above a line ``<!-- table -->`` stays as it is.
+model, budget, attack, options and seed, so the table grows over several machines) and writes
+OUT.md, where everything above a line ``<!-- table -->`` stays as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dhbe.report.collect import collect
 from dhbe.report.tables import markdown
 
 SETTING = ["data", "model", "epochs", "seed"]
-KEYS = [*SETTING, "attack"]
+KEYS = [*SETTING, "attack", "attack_variant"]
 MARK = "<!-- table -->\n\n"
 SHOWN = 3
 """Test images per attack on the sheet."""
@@ -85,7 +85,9 @@ def _known(value: Any) -> bool:
 def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Rows of a former table, replaced where there are newer ones."""
     if old.exists():
-        new = pd.concat([pd.read_csv(old), new], ignore_index=True)
+        former = pd.read_csv(old, keep_default_na=False, na_values=[""])
+        former["attack_variant"] = former["attack_variant"].fillna("")
+        new = pd.concat([former, new], ignore_index=True)
     return new.drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
 
 
@@ -103,7 +105,14 @@ def text(table: pd.DataFrame) -> str:
         if digits is not None:
             values = table.get(name, [None] * len(table))
             table[name] = [f"{v:.{digits}f}" if _known(v) else "–" for v in values]
-    titles = {"acc": "ACC", "asr": "ASR", "ra": "RA", "psnr": "PSNR", "ssim": "SSIM"}
+    titles = {
+        "attack_variant": "options",
+        "acc": "ACC",
+        "asr": "ASR",
+        "ra": "RA",
+        "psnr": "PSNR",
+        "ssim": "SSIM",
+    }
     chosen = table[[*KEYS, "poison_rate", *columns]]
     return markdown(chosen.rename(columns=titles | {"linf": "max change"}))
 
@@ -150,12 +159,12 @@ def main() -> None:
     if found.empty:
         sys.exit("error: no finished result with defense=none in these folders")
     table = merged(options.out.with_suffix(".csv"), rows(found))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    table.round(6).to_csv(options.out.with_suffix(".csv"), index=False)
-    page = options.out.with_suffix(".md")
+    shown, page = text(table), options.out.with_suffix(".md")
     head = page.read_text().partition(MARK)[0] + MARK if page.exists() else ""
-    page.write_text(head + text(table))
-    print(text(table))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(head + shown)
+    table.round(6).to_csv(options.out.with_suffix(".csv"), index=False)
+    print(shown)
     if options.sheet:
         sheet(found).savefig(options.sheet, dpi=110)
 

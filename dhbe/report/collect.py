@@ -27,8 +27,8 @@ RATES = ("acc", "asr", "ra", "asr_conditional")
 ATTACKED = ("data", "model", "attack", "victim")
 ERASED = ("defense", "budget", "trainer")
 """Config groups of a case and of a method."""
-NEUTRAL = ("threads", "progress", "observe_every", "device", "root", "storage")
-"""Options that change neither."""
+NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
+"""Options that change neither, or that the names tell."""
 
 
 def collect(folders: Iterable[Path]) -> pd.DataFrame:
@@ -57,6 +57,8 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     m = read_metrics(folder)
     file = folder / "config.yaml"
     config = yaml.load(file.read_text(), Loader=yaml.CSafeLoader) if file.exists() else {}
+    if m["attack"] == "none":
+        config["attack"] = None  # poisoning options have no effect
     row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection")}
     row |= {k: m[k] for k in ("seed", "poison_rate", "der")}
     row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in RATES}
