@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
@@ -18,8 +19,13 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def register_resolvers() -> None:
-    """``${cell:}``: hash of what determines the result; ``${package_data:MODULE}``: its folder."""
+    """``${cell:}``: hash of what determines the result; ``${package_data:MODULE}``: its folder;
+    ``${workers:GIVEN}``: cells that this machine computes at once.
+    """
+    # Launchers of ours bear the names of the plugins' schemas, which they shall be checked against.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/")
     OmegaConf.register_new_resolver("cell", _cell, replace=True)
+    OmegaConf.register_new_resolver("workers", _workers, replace=True)
     OmegaConf.register_new_resolver("package_data", lambda module: str(files(module)), replace=True)
 
 
@@ -27,6 +33,22 @@ def _cell(*, _root_: DictConfig) -> str:
     from dhbe.config import cell, plain
 
     return cell(plain(_root_))
+
+
+def _workers(given: int) -> int:
+    from dhbe.sweep import workers
+
+    return workers(given)
+
+
+def is_config_mistake(error: BaseException) -> bool:
+    """Whether the config is to blame (exit status 2), by the error or what caused it."""
+    if isinstance(error, (ConfigError, OmegaConfBaseException)):
+        return True
+    cause = error.__cause__
+    return isinstance(error, HydraException) and (
+        isinstance(cause, ConfigError) or not isinstance(cause, DHBEError)
+    )
 
 
 def guarded(main: Callable[[], Any]) -> None:
@@ -44,13 +66,10 @@ def guarded(main: Callable[[], Any]) -> None:
     except (DHBEError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        config_error = isinstance(error, (ConfigError, OmegaConfBaseException)) or (
-            isinstance(error, HydraException) and not isinstance(error.__cause__, DHBEError)
-        )
         cause = error.__cause__ if isinstance(error.__cause__, DHBEError) else error
         print(f"error: {cause}", file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
-        sys.exit(2 if config_error or isinstance(cause, ConfigError) else 1)
+        sys.exit(2 if is_config_mistake(error) else 1)
     except OSError as error:  # Hydra makes the output folder before the pipeline starts
         if wants_traceback:
             raise

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class ResultFolder:
 
     def discard_empty(self) -> None:
         """Remove the folder that Hydra made if nothing came of it."""
-        if self.path.is_dir() and not any(self.path.iterdir()):
+        with suppress(OSError):  # gone, or filled by another process in this very moment
             self.path.rmdir()
 
     @contextmanager

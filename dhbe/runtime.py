@@ -16,6 +16,7 @@ import torch
 from annotated_types import Ge
 from pytorch_lightning.callbacks import Callback, Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from dhbe.errors import got
@@ -205,6 +206,7 @@ class Runtime:
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning")
+            warnings.filterwarnings("ignore", message="The `srun` command")
             trainer = pl.Trainer(
                 accelerator="gpu" if config.device.type == "cuda" else "cpu",
                 devices=1,
@@ -214,6 +216,7 @@ class Runtime:
                 logger=self.logger or False,
                 enable_progress_bar=config.progress,
                 enable_model_summary=False,
+                plugins=LightningEnvironment(),  # one process, also inside a Slurm job
                 use_distributed_sampler=False,
                 num_sanity_val_steps=0,
             )

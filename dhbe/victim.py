@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -126,11 +125,12 @@ class VictimStore:
             raise ArtefactError(
                 f"paths.victims={self.root}: cannot be written ({error})"
             ) from error
+        work = self.root / f".{folder.name}.partial"
         with FileLock(self.root / f".{folder.name}.lock"):
             if folder.exists():
+                shutil.rmtree(work, ignore_errors=True)  # of a process killed after its last step
                 return self._read(folder, recipe, network, attack)
             start = time.perf_counter()
-            work = self.root / f".{folder.name}.partial"
             codes, curves = make(work)
             seconds = time.perf_counter() - start
             self._write(folder, recipe, network, attack, codes, curves, seconds)
@@ -155,7 +155,8 @@ class VictimStore:
         seconds: float,
     ) -> None:
         """Write into a temporary sibling, then rename: a reader never sees half a victim."""
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
         temporary.mkdir()
         tensors = {"codes": codes}
         for part, module in (("network", network), ("attack", attack)):
