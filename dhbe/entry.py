@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dhbe.errors import ConfigError, DHBEError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+WISH = "DHBE_FULL_ERROR"
+"""What the user set ``FULL_ERROR`` to, for processes that a run starts."""
 
 
 def register_resolvers() -> None:
@@ -57,7 +59,8 @@ def guarded(main: Callable[[], Any]) -> None:
     0: the result folder is complete. 2: the config is wrong. 1: anything else. 130: interrupted.
     ``HYDRA_FULL_ERROR=1`` shows the traceback.
     """
-    wants_traceback = os.environ.get(FULL_ERROR) == "1"
+    wish = os.environ.setdefault(WISH, os.environ.get(FULL_ERROR, "0"))
+    wants_traceback = wish == "1"
     os.environ[FULL_ERROR] = "1"  # Hydra hands exceptions on instead of printing them itself
     try:
         main()

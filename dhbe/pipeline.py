@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from dhbe import config, results, victim
+from dhbe import config, processes, results, victim
 from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile
 from dhbe.data import Budget, Data, DefenderData, Splits
@@ -106,10 +106,14 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
     result = ResultFolder(folder)
     try:
         parts = assemble(tree)
-        if result.complete and not tree["force"]:
+        trainer = parts.trainer
+        if result.complete and not tree["force"] and not processes.started():
             return reuse(result, tree)
-        with result.claimed():
-            if result.complete and not tree["force"]:
+        if trainer.processes > 1 and not processes.started():
+            processes.launch(trainer.processes)
+            return result.metrics(config.cell(tree))
+        with processes.group(trainer.processes, trainer.device), result.claimed():
+            if processes.agree(result.complete and not tree["force"]):
                 return reuse(result, tree)
             return compute(tree, parts, result, choices)
     finally:
@@ -126,7 +130,7 @@ def compute(
     work = result.open()
     clock = Clock(device)
     splits = load(parts.data, config.fingerprint(tree["data"]))
-    logger = instantiate(tree["logger"]) if tree.get("logger") else None
+    logger = instantiate(tree["logger"]) if tree.get("logger") and processes.first() else None
 
     evaluator = None
     if splits is not None:
@@ -162,6 +166,8 @@ def compute(
         clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime).network
         found = evaluator.predict(clean.to(device, runtime.dtype))
         metrics["floor"] = results.summarize(found, found, truth)["victim"]
+    if not processes.first():
+        return metrics
     store(work, tree, purified, evaluator, made, runtime, (before, after))
     (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
     write_page(work)

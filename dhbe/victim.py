@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dhbe.config import fingerprint
 from dhbe.data import ImageSet, TrainingBatches
 from dhbe.errors import ArtefactError
 from dhbe.models import Normalized
+from dhbe.processes import agree, first
 from dhbe.runtime import Runtime
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
@@ -126,15 +128,18 @@ class VictimStore:
                 f"paths.victims={self.root}: cannot be written ({error})"
             ) from error
         work = self.root / f".{folder.name}.partial"
-        with FileLock(self.root / f".{folder.name}.lock"):
-            if folder.exists():
-                shutil.rmtree(work, ignore_errors=True)  # of a process killed after its last step
+        lock = FileLock(self.root / f".{folder.name}.lock")
+        with lock if first() else nullcontext():
+            if agree(folder.exists()):
+                if first():
+                    shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step
                 return self._read(folder, recipe, network, attack)
             start = time.perf_counter()
             codes, curves = make(work)
             seconds = time.perf_counter() - start
-            self._write(folder, recipe, network, attack, codes, curves, seconds)
-            shutil.rmtree(work, ignore_errors=True)
+            if first():
+                self._write(folder, recipe, network, attack, codes, curves, seconds)
+                shutil.rmtree(work, ignore_errors=True)
         return Victim(
             network=network.eval(),
             attack=attack,
