@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.distributed.nn.functional import all_reduce
 
 from dhbe.errors import DHBEError, got
 
@@ -63,6 +62,7 @@ def launch(processes: int) -> None:
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        run_id="dhbe",
         max_restarts=0,
     )
     try:
@@ -140,13 +140,30 @@ def _together(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -
         tensor.copy_(value)
 
 
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        dist.all_reduce(out := x.clone())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Total.forward(ctx, gradients[0])
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over the processes; each gets the gradients of all."""
+    out: Tensor = _Total.apply(x)
+    return out
+
+
 def vector_norm(x: Tensor) -> Tensor:
     """Euclidean norm of the rows of all processes; gradients flow."""
     own: Tensor = torch.linalg.vector_norm(x)
     if count() == 1:
         return own
-    norm: Tensor = all_reduce(own.square()).sqrt()
-    return norm
+    return total(own.square()).sqrt()
 
 
 def synced_forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -156,9 +173,9 @@ def synced_forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dims, shape = (0, 2, 3), (1, -1, 1, 1)
-    mean = all_reduce(wide.mean(dims)) / count()
+    mean = total(wide.mean(dims)) / count()
     centred = wide - mean.view(shape)
-    variance = all_reduce(centred.square().mean(dims)) / count()
+    variance = total(centred.square().mean(dims)) / count()
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
