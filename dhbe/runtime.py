@@ -79,9 +79,12 @@ class Recorder(Checkpoint):
         self.pictures[name] = pixels.to(torch.uint8).cpu().numpy()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copy what the module logged in this epoch."""
+        """Copy what the module logged in this epoch; tell its logger what was observed."""
         logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.add(trainer.current_epoch, logged)
+        observed = {k: v for k, v in self.rows[-1].items() if k.startswith("val/")}
+        if trainer.logger and observed:
+            trainer.logger.log_metrics(observed, step=trainer.fit_loop.total_batch_idx)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

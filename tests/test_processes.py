@@ -153,5 +153,5 @@ def test_an_uneven_batch_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_only_from_the_command_line_and_never_in_a_sweep() -> None:
-    with pytest.raises(ConfigError, match="trainer.processes=2: expected 1 except in a single"):
+    with pytest.raises(ConfigError, match=r"trainer.processes=2: expected 1 except in a single"):
         processes.launch(2)
