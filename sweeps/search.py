@@ -1,8 +1,8 @@
-"""Hyper-parameter search: ``python -m sweeps.search NAME [--trials N] OVERRIDE...``
+r"""Hyper-parameter search: ``python -m sweeps.search NAME [--trials N] OVERRIDE...``
 
 Overrides are those of ``run.py``; what Hydra calls a sweep is searched instead:
 
-    python -m sweeps.search patch --trials 20 defense=dhbe_quick \\
+    python -m sweeps.search patch --trials 20 defense=dhbe_quick \
         "defense.weights.patch=tag(log,interval(0.05,1))" "defense.patch_size=choice(3,5,7)"
 
 The study NAME lies in ``outputs/results/search.db``; the same command continues a killed one, and

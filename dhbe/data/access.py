@@ -207,7 +207,7 @@ def not_granted(budget: Budget, labels: Tensor, train_size: int, seed: int) -> T
     rest = others(len(labels), chosen, seed)[budget.incoming :]
     if not len(rest):
         raise BudgetError(
-            f"budget={budget.name}: grants all {len(labels)} images of the defender's pool, none is "
-            "left to judge by; choose a smaller budget or raise data.pool_fraction"
+            f"budget={budget.name}: grants all {len(labels)} images of the defender's pool, none "
+            "is left to judge by; choose a smaller budget or raise data.pool_fraction"
         )
     return rest
