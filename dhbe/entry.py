@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dhbe.errors import ConfigError, DHBEError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+LAUNCHERS = ("joblib", "submitit", "ray")
+"""Packages whose exceptions tell of a worker that was killed."""
 WISH = "DHBE_FULL_ERROR"
 """What the user set ``FULL_ERROR`` to, for processes that a run starts."""
 
@@ -77,4 +79,10 @@ def guarded(main: Callable[[], Any]) -> None:
         if wants_traceback:
             raise
         print(f"error: {error}; choose a writable hydra.run.dir", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if wants_traceback or type(error).__module__.split(".")[0] not in LAUNCHERS:
+            raise
+        remedy = "the same command goes on with the cells that are not finished"
+        print(f"error: a worker was lost: {error}; {remedy}", file=sys.stderr)
         sys.exit(1)

@@ -15,6 +15,9 @@ import yaml
 from conftest import CONF, ROOT, names
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from dhbe.config import cell, plain
 from dhbe.errors import ConfigError
@@ -28,10 +31,10 @@ TINY = (
 )
 
 
-def run(folder: Path, *overrides: str, module: str = "run") -> subprocess.CompletedProcess[str]:
-    """``python -m run -m`` with results below ``folder``."""
+def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """``python run.py -m`` with these overrides."""
     return subprocess.run(
-        [sys.executable, "-m", module, *overrides],
+        [sys.executable, "run.py", "-m", *overrides],
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
@@ -48,7 +51,7 @@ def places(folder: Path) -> list[str]:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A sweep of which two cells of three fail, one by each cause."""
     folder = tmp_path_factory.mktemp("swept")
-    done = run(folder, "-m", *TINY, "victim.learning_rate=0.1,1e30,-1", *places(folder))
+    done = run(*TINY, "victim.learning_rate=0.1,1e30,-1", *places(folder))
     return folder, done
 
 
@@ -76,15 +79,9 @@ def test_failures_are_recorded_beside_the_results(swept: tuple[Path, Any]) -> No
     assert {"time", "host", "pid"} <= record.keys()
 
 
-def test_status_reads_the_same_from_outside(swept: tuple[Path, Any]) -> None:
-    folder, _ = swept
-    done = run(folder, str(folder / "results"), "--once", module="sweeps.status")
-    assert done.returncode == 0, done.stderr
-    assert "1 of 3 cells done" in done.stdout
-    assert "done 1  running 0  failed 2  begun 0  waiting 0" in done.stdout
-    assert "failed: victim.learning_rate=-1" in done.stdout
-    unknown = run(folder, "nosuch", "--once", module="sweeps.status")
-    assert (unknown.returncode, "nosuch: neither" in unknown.stderr) == (2, True)
+def test_status_of_what_was_never_launched(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nosuch: neither a results folder nor"):
+        newest("nosuch", tmp_path)
 
 
 def test_states_of_a_cell(tmp_path: Path) -> None:
@@ -109,22 +106,24 @@ def test_names_of_cells_are_those_of_the_run(swept: tuple[Path, Any]) -> None:
     assert found[0] == done.parent.name
     assert Names(plan).found == found, "kept beside the plan"
     states = [state(Path(plan.results) / n) for n in found]
-    assert left(plan, [Path(plan.results) / n for n in found], states).total_seconds() == 0
-    assert view(plan, found)[1]
+    rest = left(plan, [Path(plan.results) / n for n in found], states)
+    assert rest is not None
+    assert rest.total_seconds() == 0
+    table, over = view(plan, found)
+    assert over
+    shown = "\n".join(map(str, table.columns[0].cells))
+    assert "1 of 3 cells done" in shown
+    assert "done 1  running 0  failed 2  begun 0  waiting 0" in shown
+    assert "failed: victim.learning_rate=-1" in shown
 
 
-def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path, compose_config) -> None:
-    from hydra.core.utils import JobReturn, JobStatus
-    from omegaconf import OmegaConf
-
+def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path) -> None:
     hydra = {
-        "mode": "MULTIRUN",
+        "mode": RunMode.MULTIRUN,
         "runtime": {"output_dir": str(tmp_path / "abc"), "choices": {}},
         "overrides": {"task": ["seed=0"]},
     }
-    from hydra.types import RunMode
-
-    config = OmegaConf.create({"hydra": hydra | {"mode": RunMode.MULTIRUN}, "seed": 0})
+    config = OmegaConf.create({"hydra": hydra, "seed": 0})
     failed = JobReturn(status=JobStatus.FAILED)
     failed.return_value = ConfigError("why")
     callback = Sweep(workers=0)
@@ -136,24 +135,22 @@ def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path, compose_config) ->
 
 
 def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path) -> None:
-    command = [sys.executable, "run.py", "-m", *TINY, "seed=0,1", *places(tmp_path)]
+    command = [sys.executable, "run.py", "-m", *TINY, "seed=0", *places(tmp_path)]
     both = [
         subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=-3)
         for _ in range(2)
     ]
     shown = "".join(p.communicate()[0] for p in both)
     assert [p.returncode for p in both] == [0, 0]
-    assert shown.count("(report.html inside)") == 2
-    assert shown.count("(already there;") == 2
-    assert len(list((tmp_path / "results").glob("*/metrics.json"))) == 2
+    assert shown.count("(report.html inside)") == 1
+    assert shown.count("(already there;") == 1
+    assert len(list((tmp_path / "results").glob("*/metrics.json"))) == 1
 
 
 def test_joblib_gives_the_numbers_of_basic(swept: tuple[Path, Any], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = run(
-        tmp_path, "-m", *options, *TINY, "victim.learning_rate=0.1", "seed=0,-1", *places(tmp_path)
-    )
+    done = run(*options, *TINY, "victim.learning_rate=0.1", "seed=0,-1", *places(tmp_path))
     assert done.returncode == 2, done.stderr
     assert "2 cells, 1 failed" in done.stderr
     (one,) = (swept[0] / "results").glob("*/metrics.json")
@@ -163,9 +160,8 @@ def test_joblib_gives_the_numbers_of_basic(swept: tuple[Path, Any], tmp_path: Pa
 
 
 def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
-    pytest.importorskip("hydra")
     if subprocess.run([sys.executable, "-c", "import hydra_plugins.hydra_ray_launcher"]).returncode:
-        done = run(tmp_path, "-m", "hydra/launcher=ray", "seed=0,1", *places(tmp_path))
+        done = run("hydra/launcher=ray", "seed=0,1", *places(tmp_path))
         assert done.returncode == 2
         assert 'pip install "dhbe[ray]"' in done.stderr
         assert not (tmp_path / "results").exists()
@@ -197,22 +193,20 @@ def test_the_sweeps_of_the_docs_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_value_of_every_sweep_assembles(name: str, compose_config) -> None:
-    """One cell per value, the other keys at their first."""
+def test_every_sweep_says_what_it_is_for_and_assembles(name: str, compose_config) -> None:
+    """The first cell; in sweeps over budgets, the first cell with each (others: test_config)."""
     text = (CONF / "sweep" / f"{name}.yaml").read_text()
     assert all(f"# {word}: " in text for word in ("Claim", "Command", "Cost"))
     params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
     axes = {k: str(v).split(",") for k, v in params.items()}
     first = {k: v[0] for k, v in axes.items()}
-    known = set()
-    for key, values in axes.items():
-        for value in values[1:] or values[:1]:
-            overrides = tuple(f"{k}={v}" for k, v in (first | {key: value}).items())
-            if overrides not in known and (key in ("defense", "budget", "attack") or not known):
-                tree = plain(compose_config(*overrides))
-                assemble(tree)
-                assert len(cell(tree)) == 16
-            known.add(overrides)
+    for budget in axes.get("budget", [None]):
+        chosen = first if budget is None else first | {"budget": budget}
+        tree = plain(compose_config(*(f"{k}={v}" for k, v in chosen.items())))
+        assemble(tree)
+        assert len(cell(tree)) == 16
+    for group in ("attack", "defense", "budget"):
+        assert set(axes.get(group, [])) <= set(names(group))
 
 
 def test_quick_is_small_and_reproducible() -> None:
