@@ -160,7 +160,7 @@ def sweep(folder: Path, launcher: str, env: dict[str, str], cells: list[str]) ->
 def numbers(folder: Path) -> dict[str, Any]:
     """The measured part of ``metrics.json`` by cell."""
     found = {}
-    for file in (folder / "results").glob("*/metrics.json"):
+    for file in (folder / "results").glob("[0-9a-f]*/metrics.json"):
         m = json.loads(file.read_text())
         found[file.parent.name] = {k: m[k] for k in ("victim", "purified", "counts", "der")}
     return found

@@ -44,7 +44,8 @@ def start(folder: Path, cells: list[str]) -> subprocess.Popen[bytes]:
 def finished(folder: Path) -> dict[str, int]:
     """When each finished cell's metrics were written (nanoseconds)."""
     return {
-        f.parent.name: f.stat().st_mtime_ns for f in (folder / "results").glob("*/metrics.json")
+        f.parent.name: f.stat().st_mtime_ns
+        for f in (folder / "results").glob("[0-9a-f]*/metrics.json")
     }
 
 

@@ -114,7 +114,7 @@ def rows(batch: int) -> slice:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by their mean over the processes, in one message."""
+    """Replace tensors by their mean over the processes, in one message per type."""
     _together(list(tensors), lambda flat: dist.all_reduce(flat.div_(count())))
 
 
@@ -126,18 +126,18 @@ def average_gradients(optimizers: Iterable[Any]) -> None:
 
 def align(module: nn.Module) -> None:
     """Give every process the first one's parameters and buffers."""
-    tensors = list(module.state_dict().values())
-    for dtype in dict.fromkeys(t.dtype for t in tensors):  # in the same order everywhere
-        _together([t for t in tensors if t.dtype == dtype], lambda flat: dist.broadcast(flat, 0))
+    _together(list(module.state_dict().values()), lambda flat: dist.broadcast(flat, 0))
 
 
 def _together(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
-    if count() == 1 or not tensors:
+    if count() == 1:
         return
-    flat = _flatten_dense_tensors(tensors)
-    exchange(flat)
-    for tensor, value in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
-        tensor.copy_(value)
+    for dtype in dict.fromkeys(t.dtype for t in tensors):  # in the same order everywhere
+        alike = [t for t in tensors if t.dtype == dtype]
+        flat = _flatten_dense_tensors(alike)
+        exchange(flat)
+        for tensor, value in zip(alike, _unflatten_dense_tensors(flat, alike), strict=True):
+            tensor.copy_(value)
 
 
 class _Total(torch.autograd.Function):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,10 @@ class Plan:
         planned = {tuple(c) for c in self.cells}
         found = []
         for file in Path(self.results).glob(failure_file(Path("*")).name):
-            record = json.loads(file.read_text())
-            if tuple(record["overrides"]) in planned:
-                found.append(record)
+            with suppress(FileNotFoundError):  # another sweep has just made it succeed
+                record = json.loads(file.read_text())
+                if tuple(record["overrides"]) in planned:
+                    found.append(record)
         return sorted(found, key=lambda r: float(r["time"]))
 
 
