@@ -17,6 +17,7 @@ what tuning could achieve, not a result.
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,13 @@ def study(name: str, storage: str, kind: str, overrides: list[str], seed: int) -
         raise ConfigError(
             'sweeps.search: optuna is not installed; pip install "dhbe[optuna]"'
         ) from error
-    kept = optuna.storages.RDBStorage(
-        storage,
-        heartbeat_interval=60,  # a trial whose process is gone is tried again
-        failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
-    )
+    with warnings.catch_warnings():  # optuna calls its heartbeat experimental, since 2021
+        warnings.simplefilter("ignore")
+        kept = optuna.storages.RDBStorage(
+            storage,
+            heartbeat_interval=60,  # a trial whose process is gone is tried again
+            failed_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
     found = optuna.create_study(
         storage=kept, study_name=name, directions=DIRECTIONS[kind], load_if_exists=True
     )
