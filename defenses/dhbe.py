@@ -18,6 +18,7 @@ from dhbe.game import (
     ImageGenerator,
     Rates,
     SeededNoise,
+    SharedNoise,
     TriggerNetwork,
     Weights,
 )
@@ -105,7 +106,9 @@ class DHBE(Defense):
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
-            noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
+            noise=SharedNoise(
+                SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype)
+            ),
             weights=self.weights,
             rates=self.rates,
             batch_size=self.batch_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,17 @@ def total_variation_l1(x: Tensor) -> Tensor:
     return torch.stack([d.abs().mean() for d in _neighbour_differences(x)]).sum()
 
 
-def total_variation_l2(x: Tensor) -> Tensor:
+def total_variation_l2(
+    x: Tensor, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
+) -> Tensor:
     """Sum over four directions of the un-squared Frobenius norm over the whole batch tensor.
 
     DeepInversion's prior. It grows with the square root of the batch size.
+
+    Args:
+        norm: of a tensor; another one if the batch is spread over several processes.
     """
-    return torch.stack([torch.linalg.vector_norm(d) for d in _neighbour_differences(x)]).sum()
+    return torch.stack([norm(d) for d in _neighbour_differences(x)]).sum()
 
 
 def disagreement(a: Tensor, b: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
 from safetensors.torch import save_file
 from torch import nn
 
-from dhbe import config, results, victim
+from dhbe import config, processes, results, victim
 from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile
 from dhbe.data import Budget, Data, DefenderData, Splits
@@ -33,6 +34,7 @@ from dhbe.report.picture import write_overview
 from dhbe.results import Clock, ResultFolder
 from dhbe.rng import fork
 from dhbe.runtime import Recorder, Runtime, TrainerConfig
+from dhbe.tracking import report, tracked
 from dhbe.training import Schedule
 from dhbe.types import DataSpec, Suspect
 
@@ -106,18 +108,27 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
     result = ResultFolder(folder)
     try:
         parts = assemble(tree)
-        if result.complete and not tree["force"]:
+        trainer = parts.trainer
+        if result.complete and not tree["force"] and not processes.started():
             return reuse(result, tree)
-        with result.claimed():
-            if result.complete and not tree["force"]:
+        if trainer.processes > 1 and not processes.started():
+            processes.launch(trainer.processes)
+            return result.metrics(config.cell(tree))
+        with processes.group(trainer.processes, trainer.device), result.claimed():
+            if processes.agree(result.complete and not tree["force"]):
                 return reuse(result, tree)
-            return compute(tree, parts, result, choices)
+            with tracked(tree, choices) as logger:
+                return compute(tree, parts, result, choices, logger)
     finally:
         result.discard_empty()
 
 
 def compute(
-    tree: dict[str, Any], parts: Parts, result: ResultFolder, choices: Mapping[str, str]
+    tree: dict[str, Any],
+    parts: Parts,
+    result: ResultFolder,
+    choices: Mapping[str, str],
+    logger: Logger | None,
 ) -> dict[str, Any]:
     """The run itself, into ``result``."""
     seed, device = tree["seed"], parts.trainer.device
@@ -126,7 +137,6 @@ def compute(
     work = result.open()
     clock = Clock(device)
     splits = load(parts.data, config.fingerprint(tree["data"]))
-    logger = instantiate(tree["logger"]) if tree.get("logger") else None
 
     evaluator = None
     if splits is not None:
@@ -162,6 +172,9 @@ def compute(
         clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime).network
         found = evaluator.predict(clean.to(device, runtime.dtype))
         metrics["floor"] = results.summarize(found, found, truth)["victim"]
+    if not processes.first():
+        return metrics
+    report(logger, metrics, runtime.recorder.pictures)
     store(work, tree, purified, evaluator, made, runtime, (before, after))
     (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
     write_page(work)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 
 from dhbe.errors import ConfigError, DHBEError
 from dhbe.metrics import Predictions, Rate, Truth, der, rates
+from dhbe.processes import first
 
 METRICS = "metrics.json"
 """Its presence means that a folder is complete."""
@@ -171,12 +172,15 @@ class ResultFolder:
 
     def discard_empty(self) -> None:
         """Remove the folder that Hydra made if nothing came of it."""
-        if self.path.is_dir() and not any(self.path.iterdir()):
+        with suppress(OSError):  # gone, or filled by another process in this very moment
             self.path.rmdir()
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder's lock; a second process with the same cell waits."""
+        """Hold the folder's lock; another run of the same cell waits."""
+        if not first():
+            yield
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))

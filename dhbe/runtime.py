@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from annotated_types import Ge
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import Callback, Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dhbe.errors import got
+from dhbe.processes import align, first, synchronised
 from dhbe.rng import derive_seed, generator
 
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed"]
@@ -76,9 +79,12 @@ class Recorder(Checkpoint):
         self.pictures[name] = pixels.to(torch.uint8).cpu().numpy()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copy what the module logged in this epoch."""
+        """Copy what the module logged in this epoch; tell its logger what was observed."""
         logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.add(trainer.current_epoch, logged)
+        observed = {k: v for k, v in self.rows[-1].items() if k.startswith("val/")}
+        if trainer.logger and observed:
+            trainer.logger.log_metrics(observed, step=trainer.fit_loop.total_batch_idx)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -102,6 +108,8 @@ class LastEpoch(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write beside the file, then rename: a kill never leaves half a checkpoint."""
+        if not first():
+            return
         fresh = self.path.with_suffix(".new")
         trainer.save_checkpoint(fresh)
         fresh.replace(self.path)
@@ -116,6 +124,7 @@ class TrainerConfig:
         threads: CPU threads (0: torch's own choice).
         progress: ``auto`` draws progress bars on a terminal only.
         observe_every: epochs between two measurements for the training curves (0: none).
+        processes: that share every batch of a training, on one GPU each where there are any.
     """
 
     def __init__(
@@ -126,11 +135,18 @@ class TrainerConfig:
         threads: Annotated[int, Ge(0)],
         progress: Literal["auto", "always", "never"],
         observe_every: Annotated[int, Ge(0)],
+        processes: Annotated[int, Ge(1)] = 1,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise got("trainer.device", device, "cpu or auto", "torch sees no CUDA device here")
         name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
+        self.processes = processes
+        if processes > 1 and name == "cuda":
+            if processes > torch.cuda.device_count():
+                allowed = f"at most {torch.cuda.device_count()}, the GPUs here"
+                raise got("trainer.processes", processes, allowed, "or set trainer.device=cpu")
+            self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         self.precision: Literal["32-true", "64-true", "bf16-mixed"]
         if precision == "auto":
             self.precision = "bf16-mixed" if fast_bf16(self.device) else "32-true"
@@ -200,7 +216,7 @@ class Runtime:
         checkpoint = self.workdir / "last.ckpt"
         saver = LastEpoch(checkpoint)
         hooks: list[Callback] = [*callbacks, self.recorder, saver]
-        if config.progress:
+        if config.progress and first():
             hooks.append(RichProgressBar(leave=True))
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         with warnings.catch_warnings():
@@ -208,20 +224,23 @@ class Runtime:
             warnings.filterwarnings("ignore", message="The `srun` command")  # Slurm's login nodes
             trainer = pl.Trainer(
                 accelerator="gpu" if config.device.type == "cuda" else "cpu",
-                devices=1,
+                devices=1 if config.device.index is None else [config.device.index],
                 precision=config.precision,
                 max_epochs=epochs,
                 callbacks=hooks,
                 logger=self.logger or False,
-                enable_progress_bar=config.progress,
+                enable_progress_bar=config.progress and first(),
                 enable_model_summary=False,
+                plugins=LightningEnvironment(),  # one process, also inside a Slurm job
                 use_distributed_sampler=False,
                 num_sanity_val_steps=0,
             )
-            trainer.fit(
-                module,
-                train_dataloaders=batches,
-                ckpt_path=str(checkpoint) if checkpoint.exists() else None,
-                weights_only=True,
-            )
+            align(module)
+            with synchronised(module):
+                trainer.fit(
+                    module,
+                    train_dataloaders=batches,
+                    ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                    weights_only=True,
+                )
         module.to(config.device)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dhbe.data import TrainingBatches
 from dhbe.errors import DivergenceError
+from dhbe.processes import average, average_gradients, rows
 from dhbe.types import Batch
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -185,10 +186,12 @@ class Supervised(pl.LightningModule):
         optimizers = self.optimizers(use_pl_optimizer=True)
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         rates = self.lr_schedulers()
-        loss = self.loss(self.network, batch)
+        part = rows(len(batch.labels))
+        loss = self.loss(self.network, Batch(*(column[part] for column in batch)))
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
+        average_gradients(optimizers)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         for optimizer in optimizers:
@@ -210,6 +213,7 @@ class Supervised(pl.LightningModule):
         assert self._sum is not None
         mean = self._sum / len(self.batches)
         self._sum = None
+        average([mean])
         self.log(f"{self.role}/loss", mean)
         if not mean.isfinite():
             raise DivergenceError(

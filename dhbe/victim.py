@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dhbe.config import fingerprint
 from dhbe.data import ImageSet, TrainingBatches
 from dhbe.errors import ArtefactError
 from dhbe.models import Normalized
+from dhbe.processes import agree, first
 from dhbe.runtime import Runtime
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
@@ -126,15 +127,19 @@ class VictimStore:
             raise ArtefactError(
                 f"paths.victims={self.root}: cannot be written ({error})"
             ) from error
-        with FileLock(self.root / f".{folder.name}.lock"):
-            if folder.exists():
+        work = self.root / f".{folder.name}.partial"
+        lock = FileLock(self.root / f".{folder.name}.lock")
+        with lock if first() else nullcontext():
+            if agree(folder.exists()):
+                if first():
+                    shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step
                 return self._read(folder, recipe, network, attack)
             start = time.perf_counter()
-            work = self.root / f".{folder.name}.partial"
             codes, curves = make(work)
             seconds = time.perf_counter() - start
-            self._write(folder, recipe, network, attack, codes, curves, seconds)
-            shutil.rmtree(work, ignore_errors=True)
+            if first():
+                self._write(folder, recipe, network, attack, codes, curves, seconds)
+                shutil.rmtree(work, ignore_errors=True)
         return Victim(
             network=network.eval(),
             attack=attack,
@@ -155,7 +160,8 @@ class VictimStore:
         seconds: float,
     ) -> None:
         """Write into a temporary sibling, then rename: a reader never sees half a victim."""
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
         temporary.mkdir()
         tensors = {"codes": codes}
         for part, module in (("network", network), ("attack", attack)):

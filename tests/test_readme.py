@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import shlex
@@ -38,11 +39,10 @@ CHECKED_ELSEWHERE = ("make demo", "make test", 'pip install -e ".[dev]"', "pip i
 def test_every_command_is_known() -> None:
     assert len(RUNS) >= 8
     for sweep in SWEEPS:
-        assert (ROOT / "sweeps" / f"{sweep.split('+sweep=')[1]}.yaml").exists()
+        assert (ROOT / "sweeps" / f"{sweep.split('+sweep=')[1].split()[0]}.yaml").exists()
     for line in OTHERS:
-        assert line in CHECKED_ELSEWHERE or line.startswith(("python -m dhbe.report", "export ")), (
-            line
-        )
+        known = ("python -m dhbe.report", "python -m sweeps.status", "export ")
+        assert line in CHECKED_ELSEWHERE or line.startswith(known), line
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make demo" in ci
     assert "make test" in ci
@@ -81,8 +81,8 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
 def test_every_cell_of_every_sweep_assembles(name: str, compose_config) -> None:
     file = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     parameters = {k: str(v).split(",") for k, v in file["hydra"]["sweeper"]["params"].items()}
-    cells = list(itertools.product(*parameters.values()))
-    assert len(cells) > 5
-    for values in cells:
+    assert math.prod(map(len, parameters.values())) > 5
+    parameters["seed"] = parameters["seed"][:1]  # it decides nothing here
+    for values in itertools.product(*parameters.values()):
         overrides = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
         assemble(plain(compose_config(*overrides)))

@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT, names
 
 from dhbe.report.__main__ import PUBLISHED
-from dhbe.report.collect import collect, merge, select
+from dhbe.report.collect import collect, failures, merge, select
 from dhbe.report.folder import detail, percent
 from dhbe.report.tables import (
     beside_published,
@@ -88,6 +88,19 @@ def test_matrix_says_what_was_not_run(cells: Path) -> None:
     assert list(wide.columns) == ["badnets", "blend"]
     assert wide.loc["dhbe"].tolist() == ["80.0 ± 0.0 / 20.0 ± 24.8 (n=3)", "not run"]
     assert wide.loc["clp"].tolist() == ["80.0 / 50.0", "80.0 / 40.0"]
+
+
+def test_failed_is_not_the_same_as_not_run(cells: Path, tmp_path: Path) -> None:
+    write_cell(cells / "blend", seed=0, asr=0.4, defense="clp", attack="blend")
+    record = {"choices": {"data": "d", "model": "m", "attack": "blend", "defense": "dhbe"}}
+    record |= {"seed": 0, "error": "DivergenceError", "message": "<i>nan", "overrides": ["seed=0"]}
+    (cells / ".0123.failed.json").write_text(json.dumps(record))
+    wide = matrix(collect([cells]), failed=failures([cells])).set_index("defense")
+    assert wide.loc["dhbe", "blend"] == "failed (DivergenceError)"
+    assert report(cells, tmp_path / "out").returncode == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "DivergenceError" in page
+    assert "&lt;i&gt;nan" in page
 
 
 def test_equal_names_with_unequal_options_are_kept_apart(cells: Path) -> None:

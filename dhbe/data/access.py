@@ -86,44 +86,15 @@ class DefenderData:
         self._incoming: Resident | None = None
         self._chosen = torch.empty(0, dtype=torch.int64)
         if pool is not None and budget.clean:
-            self._chosen = self._draw(pool.labels, train_size)
+            self._chosen = draw_clean(budget, pool.labels, train_size, seed)
         if pool is not None and budget.incoming:
             self._incoming = self._arrive(pool, trigger)
-
-    def _draw(self, labels: Tensor, train_size: int) -> Tensor:
-        """Positions of the granted clean images in the pool, balanced over the classes."""
-        budget = self.budget
-        rng = generator(self.seed, "defender")
-        if budget.per_class:
-            smallest = int(labels.bincount().min())
-            if budget.per_class > smallest:
-                raise BudgetError(
-                    f"budget={budget.name}: {budget.per_class} clean images per class, but the "
-                    f"defender's pool holds {smallest} of the rarest class; raise "
-                    "data.pool_fraction or choose a smaller budget"
-                )
-            picks = [(labels == c).nonzero().flatten() for c in labels.unique()]
-            return torch.cat(
-                [p[torch.randperm(len(p), generator=rng)[: budget.per_class]] for p in picks]
-            )
-        count = round(budget.fraction * train_size)
-        # Whole tracks make a grouped pool overshoot or undershoot its share by a few images.
-        if count > len(labels) * 1.01 + 1:
-            raise BudgetError(
-                f"budget={budget.name}: {count} clean images, but the defender's pool holds "
-                f"{len(labels)}; raise data.pool_fraction or choose a smaller budget"
-            )
-        return proportional(labels, count, rng)
 
     def _arrive(
         self, pool: ImageSet, trigger: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     ) -> Resident:
         """Incoming images, triggered and clean in turn; their labels stay with the evaluation."""
-        free = torch.ones(len(pool), dtype=torch.bool)
-        free[self._chosen] = False
-        rest = free.nonzero().flatten()
-        order = torch.randperm(len(rest), generator=generator(self.seed, "incoming"))
-        index = rest[order[: self.budget.incoming]]
+        index = others(len(pool), self._chosen, self.seed)[: self.budget.incoming]
         part = pool.subset(index).resident()
         unknown = torch.full_like(part.labels, -1)
         if trigger is None:
@@ -183,3 +154,60 @@ class DefenderData:
                 "the result as a best case"
             )
         return self._oracle(network)
+
+
+def draw_clean(budget: Budget, labels: Tensor, train_size: int, seed: int) -> Tensor:
+    """Positions of the granted clean images in the pool, balanced over the classes.
+
+    Args:
+        labels: of the pool.
+        train_size: number of images that ``budget.fraction`` refers to.
+
+    Raises:
+        BudgetError: the pool is too small.
+    """
+    rng = generator(seed, "defender")
+    if budget.per_class:
+        smallest = int(labels.bincount().min())
+        if budget.per_class > smallest:
+            raise BudgetError(
+                f"budget={budget.name}: {budget.per_class} clean images per class, but the "
+                f"defender's pool holds {smallest} of the rarest class; raise "
+                "data.pool_fraction or choose a smaller budget"
+            )
+        picks = [(labels == c).nonzero().flatten() for c in labels.unique()]
+        return torch.cat(
+            [p[torch.randperm(len(p), generator=rng)[: budget.per_class]] for p in picks]
+        )
+    count = round(budget.fraction * train_size)
+    # Whole tracks make a grouped pool overshoot or undershoot its share by a few images.
+    if count > len(labels) * 1.01 + 1:
+        raise BudgetError(
+            f"budget={budget.name}: {count} clean images, but the defender's pool holds "
+            f"{len(labels)}; raise data.pool_fraction or choose a smaller budget"
+        )
+    return proportional(labels, count, rng)
+
+
+def others(size: int, chosen: Tensor, seed: int) -> Tensor:
+    """Positions of the pool that are not ``chosen``, shuffled; incoming images come first."""
+    free = torch.ones(size, dtype=torch.bool)
+    free[chosen] = False
+    rest = free.nonzero().flatten()
+    return rest[torch.randperm(len(rest), generator=generator(seed, "incoming"))]
+
+
+def not_granted(budget: Budget, labels: Tensor, train_size: int, seed: int) -> Tensor:
+    """Positions of the pool that this defender never sees in any form.
+
+    Raises:
+        BudgetError: there are none.
+    """
+    chosen = draw_clean(budget, labels, train_size, seed) if budget.clean else labels[:0]
+    rest = others(len(labels), chosen, seed)[budget.incoming :]
+    if not len(rest):
+        raise BudgetError(
+            f"budget={budget.name}: grants all {len(labels)} images of the defender's pool, none "
+            "is left to judge by; choose a smaller budget or raise data.pool_fraction"
+        )
+    return rest

@@ -6,7 +6,7 @@ Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
 
 from dhbe.game.distillation import Distillation, Rates, Weights
 from dhbe.game.generator import ImageGenerator
-from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
+from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise, SharedNoise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Rates",
     "ScriptedNoise",
     "SeededNoise",
+    "SharedNoise",
     "TriggerNetwork",
     "Weights",
     "add_patches",

@@ -19,6 +19,7 @@ from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
 from dhbe.losses import disagreement, total_variation_l1, total_variation_l2
+from dhbe.processes import average, average_gradients, vector_norm
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Distillation(pl.LightningModule):
             if self.weights.tv1:
                 loss = loss + self.weights.tv1 * total_variation_l1(x)
             if self.weights.tv2:
-                loss = loss + self.weights.tv2 * total_variation_l2(x)
+                loss = loss + self.weights.tv2 * total_variation_l2(x, vector_norm)
             self._note("generator/gap", gap)
             self._descend(loss, optimizer)
 
@@ -167,6 +168,7 @@ class Distillation(pl.LightningModule):
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
+        average_gradients([optimizer])
         optimizer.step()
         # One autocast region spans all moves, and its cache would keep the weights' low-precision
         # copies of before this step, or copies made under no_grad that pass on no gradient.
@@ -214,6 +216,7 @@ class Distillation(pl.LightningModule):
             for name, total in self._sums.items()
         }
         self._sums.clear()
+        average(means.values())
         self.log_dict(means)
         if not self._healthy(means):
             return

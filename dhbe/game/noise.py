@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dhbe.processes import rows
 from dhbe.rng import derive_seed
 
 
@@ -56,6 +57,22 @@ class SeededNoise(Noise):
     def place(self, free: int) -> tuple[int, int]:
         left, top = torch.randint(free + 1, (2,), generator=self.places).tolist()
         return left, top
+
+
+class SharedNoise(Noise):
+    """Of another source's latents the rows of this process: together they make the same batch."""
+
+    def __init__(self, whole: Noise) -> None:
+        self.whole = whole
+
+    def latent(self, batch_size: int, length: int) -> Tensor:
+        return self.whole.latent(batch_size, length)[rows(batch_size)]
+
+    def place(self, free: int) -> tuple[int, int]:
+        return self.whole.place(free)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.whole.set_epoch(epoch)
 
 
 class ScriptedNoise(Noise):

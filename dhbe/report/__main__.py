@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dhbe.report.collect import collect, merge, select
+from dhbe.report.collect import collect, failures, merge, select
 from dhbe.report.publish import write_report
 from dhbe.report.tables import beside_published, markdown
 
@@ -51,7 +51,7 @@ def main() -> None:
     if options.compare:
         published = pd.read_csv(options.compare)
         extra["Beside published figures"] = beside_published(table, published)
-    tables = write_report(table, options.out, extra)
+    tables = write_report(table, failures(options.folders), options.out, extra)
     print(markdown(tables["ACC / ASR by attack"]))
     print(f"report: {options.out / 'index.html'}")
 

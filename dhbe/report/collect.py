@@ -113,6 +113,18 @@ def _variants(
     return found
 
 
+def failures(folders: Iterable[Path]) -> pd.DataFrame:
+    """One row per run below the folders whose last attempt failed, with the cause."""
+    files = sorted({f for folder in folders for f in folder.rglob(".*.failed.json")})
+    rows = []
+    for file in files:
+        record = json.loads(file.read_text())
+        chosen = {k: record["choices"].get(k) for k in ("data", "model", "attack", "defense")}
+        cause = {"seed": record["seed"], "error": record["error"], "message": record["message"]}
+        rows.append(chosen | cause | {"overrides": " ".join(record["overrides"])})
+    return pd.DataFrame(rows)
+
+
 def select(table: pd.DataFrame, conditions: Iterable[str]) -> pd.DataFrame:
     """Rows for which every ``column=value[,value...]`` holds.
 

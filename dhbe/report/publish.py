@@ -16,7 +16,7 @@ HIDDEN = ["case", "method", "folder"]
 
 
 def write_report(
-    table: pd.DataFrame, out: Path, extra: dict[str, pd.DataFrame] | None = None
+    table: pd.DataFrame, failed: pd.DataFrame, out: Path, extra: dict[str, pd.DataFrame]
 ) -> dict[str, pd.DataFrame]:
     """Write the report of ``collect``'s table into ``out``; returns its tables by title.
 
@@ -24,18 +24,20 @@ def write_report(
     PNG, and ``index.html``, one self-contained page.
 
     Args:
-        extra: more tables by title, for instance runs that failed.
+        failed: ``collect.failures``.
+        extra: more tables by title.
     """
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "results.csv", index=False)
     table.to_parquet(out / "results.parquet", index=False)
     tables = {
-        "ACC / ASR by attack": matrix(table),
-        "RA / DER by attack": matrix(table, ("ra", "der")),
+        "ACC / ASR by attack": matrix(table, failed=failed),
+        "RA / DER by attack": matrix(table, ("ra", "der"), failed),
         "Ranks": ranking(table),
         "Pairs of defenses": compare(table),
         "Means over seeds": summarize(table),
-    } | (extra or {})
+    }
+    tables |= extra | {"Failed": failed}
     tables = {title: found for title, found in tables.items() if not found.empty}
     sections = [f"## {title}\n\n{markdown(found)}" for title, found in tables.items()]
     (out / "tables.md").write_text("\n".join(sections))

@@ -66,8 +66,17 @@ def labels(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def matrix(table: pd.DataFrame, rates: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
-    """Defenses down, attacks across; cells hold means over seeds of ``rates`` in percent, and n."""
+def matrix(
+    table: pd.DataFrame,
+    rates: tuple[str, ...] = ("acc", "asr"),
+    failed: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Defenses down, attacks across; cells hold means over seeds of ``rates`` in percent, and n.
+
+    Args:
+        failed: ``collect.failures``; an empty cell says ``failed`` with the error instead of
+            ``not run`` if a run of these names ended so.
+    """
     table = labels(table)
 
     def cell(group: pd.DataFrame) -> str:
@@ -80,6 +89,10 @@ def matrix(table: pd.DataFrame, rates: tuple[str, ...] = ("acc", "asr")) -> pd.D
     }
     wide = pd.Series(cells).unstack(fill_value="not run")
     wide = wide.reindex(index=order(table), columns=sorted(wide.columns))
+    for run in [] if failed is None else failed.to_dict("records"):
+        row, column = run["defense"], run["attack"]
+        if row in wide.index and column in wide.columns and wide.loc[row, column] == "not run":
+            wide.loc[row, column] = f"failed ({run['error']})"
     return wide.rename_axis(index="defense", columns=None).reset_index()
 
 

@@ -1,0 +1,219 @@
+"""Sweeps as a user launches them: launchers, failures, claims, status, and the shipped sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CONF, ROOT, names
+from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from dhbe.errors import ConfigError
+from dhbe.sweep import Plan, Sweep, failure_file, take_slot
+from sweeps.status import Names, left, newest, state, view
+
+TINY = (
+    *("data.limit=200", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=1"),
+    *("trainer.threads=1", "defense=clp", "attack=blend"),
+)
+
+
+def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """``python run.py -m`` with these overrides."""
+    return subprocess.run(
+        [sys.executable, "run.py", "-m", *overrides],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def places(folder: Path) -> list[str]:
+    return [f"paths.victims={folder}/victims", f"paths.results={folder}/results"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A sweep of which two cells of three fail, one by each cause."""
+    folder = tmp_path_factory.mktemp("swept")
+    done = run(*TINY, "victim.learning_rate=0.1,1e30,-1", *places(folder))
+    return folder, done
+
+
+def test_a_failing_cell_does_not_stop_the_others(swept: tuple[Path, Any]) -> None:
+    folder, done = swept
+    assert done.returncode == 1, done.stderr
+    assert len(list((folder / "results").glob("*/metrics.json"))) == 1
+    assert "Traceback" not in done.stderr
+    told = done.stderr[done.stderr.index("failed: ") :]
+    assert re.search(r"failed: victim.learning_rate=1e\+?30\n  DivergenceError: training", told)
+    assert "failed: victim.learning_rate=-1\n  ConfigError: victim.learning_rate=-1" in told
+    assert "3 cells, 2 failed" in told
+
+
+def test_failures_are_recorded_beside_the_results(swept: tuple[Path, Any]) -> None:
+    folder, _ = swept
+    records = [json.loads(f.read_text()) for f in (folder / "results").glob(".*.failed.json")]
+    by_error = {r["error"]: r for r in records}
+    assert set(by_error) == {"DivergenceError", "ConfigError"}
+    record = by_error["DivergenceError"]
+    assert "victim.learning_rate=1e+30" in record["overrides"]
+    assert (record["choices"]["attack"], record["seed"]) == ("blend", 0)
+    assert not record["config_mistake"]
+    assert "DivergenceError" in record["traceback"]
+    assert {"time", "host", "pid"} <= record.keys()
+
+
+def test_status_of_what_was_never_launched(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nosuch: neither a results folder nor"):
+        newest("nosuch", tmp_path)
+
+
+def test_states_of_a_cell(tmp_path: Path) -> None:
+    folder = tmp_path / "abc"
+    assert state(folder) == "waiting"
+    (tmp_path / ".abc.partial").mkdir()
+    assert state(folder) == "begun"
+    failure_file(folder).write_text("{}")
+    with FileLock(tmp_path / ".abc.lock"):
+        assert state(folder) == "running"
+    assert state(folder) == "failed", "a lock that nobody holds is no running cell"
+    folder.mkdir()
+    (folder / "metrics.json").write_text("{}")
+    assert state(folder) == "done"
+
+
+def test_names_of_cells_are_those_of_the_run(swept: tuple[Path, Any]) -> None:
+    folder, _ = swept
+    plan = newest(str(folder / "results"), Path("nowhere"))
+    found = Names(plan).more(float("inf"))
+    (done,) = (folder / "results").glob("*/metrics.json")
+    assert found[0] == done.parent.name
+    assert Names(plan).found == found, "kept beside the plan"
+    states = [state(Path(plan.results) / n) for n in found]
+    rest = left(plan, [Path(plan.results) / n for n in found], states)
+    assert rest is not None
+    assert rest.total_seconds() == 0
+    table, over = view(plan, found)
+    assert over
+    shown = "\n".join(map(str, table.columns[0].cells))
+    assert "1 of 3 cells done" in shown
+    assert "done 1  running 0  failed 2  begun 0  waiting 0" in shown
+    assert "failed: victim.learning_rate=-1" in shown
+
+
+def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path) -> None:
+    hydra = {
+        "mode": RunMode.MULTIRUN,
+        "runtime": {"output_dir": str(tmp_path / "abc"), "choices": {}},
+        "overrides": {"task": ["seed=0"]},
+    }
+    config = OmegaConf.create({"hydra": hydra, "seed": 0})
+    failed = JobReturn(status=JobStatus.FAILED)
+    failed.return_value = ConfigError("why")
+    callback = Sweep(workers=0)
+    callback.on_job_end(config, failed)
+    assert json.loads(failure_file(tmp_path / "abc").read_text())["message"] == "why"
+    assert failed.return_value is None, "the sweeper goes on"
+    callback.on_job_end(config, JobReturn(status=JobStatus.COMPLETED))
+    assert not failure_file(tmp_path / "abc").exists()
+
+
+def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path) -> None:
+    command = [sys.executable, "run.py", "-m", *TINY, "seed=0", *places(tmp_path)]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=-3)
+        for _ in range(2)
+    ]
+    shown = "".join(p.communicate()[0] for p in both)
+    assert [p.returncode for p in both] == [0, 0]
+    assert shown.count("(report.html inside)") == 1
+    assert shown.count("(already there;") == 1
+    assert len(list((tmp_path / "results").glob("*/metrics.json"))) == 1
+
+
+def test_joblib_gives_the_numbers_of_basic(swept: tuple[Path, Any], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = run(*options, *TINY, "victim.learning_rate=0.1", "seed=0,-1", *places(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "2 cells, 1 failed" in done.stderr
+    (one,) = (swept[0] / "results").glob("*/metrics.json")
+    (other,) = (tmp_path / "results").glob("*/metrics.json")
+    a, b = json.loads(one.read_text()), json.loads(other.read_text())
+    assert all(a[k] == b[k] for k in ("cell", "victim", "purified", "counts"))
+
+
+def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
+    if subprocess.run([sys.executable, "-c", "import hydra_plugins.hydra_ray_launcher"]).returncode:
+        done = run("hydra/launcher=ray", "seed=0,1", *places(tmp_path))
+        assert done.returncode == 2
+        assert 'pip install "dhbe[ray]"' in done.stderr
+        assert not (tmp_path / "results").exists()
+    else:
+        pytest.skip("hydra-ray-launcher is installed here")
+
+
+def test_slots_are_held_by_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("dhbe.sweep._held", held := [])
+    assert [take_slot(), take_slot()] == [0, 1]
+    code = "from dhbe.sweep import take_slot; print(take_slot())"
+    other = [sys.executable, "-c", code]
+    free = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert free.stdout == "2\n"
+    held.pop(0).release()
+    assert take_slot(limit=1) == 0, "the lowest free one; that of the dead process was freed"
+
+
+SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
+"""Those of the issue, and more."""
+
+
+def test_the_sweeps_of_the_docs_are_there() -> None:
+    wanted = {"quick", "attacks_cpu", "defenses_cpu", "dhbe_ablation", "poison_rate"}
+    assert wanted | {"clean_budget", "paper_cifar10"} <= set(SWEEPS)
+    assert names("sweep") == SWEEPS
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_says_what_it_is_for(name: str) -> None:
+    text = (CONF / "sweep" / f"{name}.yaml").read_text()
+    assert all(f"# {word}: " in text for word in ("Claim", "Command"))
+    assert "Cost: " in text
+
+
+def test_quick_is_small_and_reproducible() -> None:
+    text = (ROOT / "sweeps" / "quick.yaml").read_text()
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    overrides = [f"{k}={v}" for k, v in params.items()]
+    sizes = [
+        len(list(o.sweep_string_iterator()))
+        for o in OverridesParser.create().parse_overrides(overrides)
+        if o.is_sweep_override()
+    ]
+    assert sizes == [3, 3, 3]
+    assert params["trainer.threads"] == 1, "or launchers would differ in the last digits"
+
+
+def test_a_plan_meets_itself(tmp_path: Path) -> None:
+    cells = [["defense=clp", "seed=0"], ["defense=clp", "seed=1"]]
+    known = {"name": "quick", "results": str(tmp_path), "data": "data", "cells": cells}
+    a, b = Plan(started=1.0, **known), Plan(started=2.0, **known)
+    assert a.file == b.file
+    assert a.label(cells[1]) == "seed=1"
+    assert Plan(started=1.0, **known | {"cells": cells[:1]}).file != a.file

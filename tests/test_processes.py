@@ -1,0 +1,157 @@
+"""Several processes with a part of each batch follow one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_spec
+from torch import nn
+
+from dhbe import processes
+from dhbe.data import Resident, TrainingBatches
+from dhbe.errors import ConfigError
+from dhbe.game import (
+    Distillation,
+    ImageGenerator,
+    Rates,
+    SeededNoise,
+    SharedNoise,
+    TriggerNetwork,
+    Weights,
+)
+from dhbe.models import Normalized
+from dhbe.rng import fork
+from dhbe.runtime import Recorder, Runtime, TrainerConfig
+from dhbe.training import Schedule, Supervised
+
+CPU = torch.device("cpu")
+
+
+def network() -> Normalized:
+    with fork(0):
+        inner = nn.Sequential(
+            *(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+            *(nn.Conv2d(4, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)),
+        )
+    return Normalized(inner, make_spec()).double()
+
+
+def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Two epochs of a victim, then of the game; all losses, and the student."""
+    config = TrainerConfig(
+        device="cpu", precision="64-true", threads=1, progress="never", observe_every=0
+    )
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (32, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    data = Resident(pixels, torch.arange(32) % 4)
+    batches = TrainingBatches(data, spec=make_spec(), batch_size=8, seed=0, device=CPU)
+    schedule = Schedule(
+        epochs=2,
+        batch_size=8,
+        learning_rate=0.1,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=0.0,
+        schedule="cosine",
+        milestones=[],
+        decay=0.1,
+    )
+    net, rows = network(), []
+    module = Supervised(
+        net,
+        batches,
+        schedule,
+        role="victim",
+        loss=lambda n, b: nn.functional.cross_entropy(n(b.images.double()), b.labels),
+    )
+    with fork(1):
+        generator = ImageGenerator(latent=8, width=4, channels=3, image_size=20)
+        trigger_network = TriggerNetwork(latent=8, width=4, channels=3, patch_size=3)
+    game = Distillation(
+        net.network,
+        std=net.std,
+        generator=generator.double(),
+        trigger_network=trigger_network.double(),
+        noise=SharedNoise(SeededNoise(0, device=CPU, dtype=torch.float64)),
+        weights=Weights(patch=0.5, tv1=1e-3, tv2=1e-2),
+        rates=Rates(
+            student=0.05,
+            generator=1e-2,
+            trigger_network=1e-2,
+            momentum=0.9,
+            weight_decay=0.0,
+            milestones=(0.5,),
+            decay=0.1,
+        ),
+        batch_size=8,
+        student_moves=2,
+        epochs=2,
+    )
+    for name, what, source in (("victim", module, batches), ("game", game, range(2))):
+        recorder = Recorder()
+        runtime = Runtime(trainer_config=config, seed=0, workdir=folder / name, recorder=recorder)
+        runtime.fit(what, source, epochs=2)
+        rows += recorder.rows
+    return rows, game.student.state_dict()
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with processes.group(2, CPU):
+        assert processes.agree(rank) == 0
+        torch.save(train(folder), folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(rows, student) of one process, and of each of two."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(port, folder), nprocs=2)
+    two = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return train(folder / "one"), *two
+
+
+def test_two_processes_follow_one(both: Any) -> None:
+    (one, student), (two, other), _ = both
+    assert len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[k] == pytest.approx(a[k], abs=1e-9) for k in a)
+    assert len({row.get("student/distill") for row in one}) == 3, "the losses do move"
+    for name, value in student.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9)
+
+
+def test_all_processes_end_alike(both: Any) -> None:
+    _, (_, first), (_, second) = both
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_process_is_the_identity() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    processes.average([x])
+    assert torch.equal(x[processes.rows(5)], kept)
+    assert torch.equal(processes.vector_norm(x), torch.linalg.vector_norm(x))
+
+
+def test_an_uneven_batch_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert processes.rows(5) == slice(None)
+    assert processes.rows(6) == slice(0, 3)
+
+
+def test_only_from_the_command_line_and_never_in_a_sweep() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.processes=2: expected 1 except in a single"):
+        processes.launch(2)

@@ -1,0 +1,122 @@
+"""Loggers, for real and offline: what they wrote is read back."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+
+from dhbe.config import cell, plain
+from dhbe.errors import ConfigError
+from dhbe.tracking import report, tracked
+
+METRICS = {
+    "victim": {"acc": 0.7, "asr": 1.0, "asr_conditional": None},
+    "purified": {"acc": 0.6, "asr": 0.1, "asr_conditional": None},
+    "der": 0.85,
+    "seconds": {"victim": 1.0, "defense": 2.0, "evaluate": 3.0},
+}
+CHOICES = {
+    **{"data": "cifar10_mini", "model": "resnet_tiny", "attack": "badnets"},
+    **{"defense": "clp", "budget": "none", "sweep": "quick"},
+}
+PICTURES = {"patches_0001": np.zeros((3, 3, 5, 5), dtype=np.uint8)}
+Compose = Callable[..., DictConfig]
+
+
+def run(tree: dict[str, Any], choices: dict[str, str] = CHOICES) -> None:
+    with tracked(tree, choices) as logger:
+        assert logger is not None
+        logger.log_metrics({"student/distill": 0.5}, step=1)
+        report(logger, METRICS, PICTURES)
+
+
+def records(file: Path) -> Iterator[Any]:
+    """Records of a ``.wandb`` file: a LevelDB log (32 KiB blocks) of protobuf messages."""
+    pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    data, place, message = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        if (room := 32768 - place % 32768) < 7:
+            place += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        message += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole message, or the last part of one
+            yield pb.Record.FromString(message)
+            message = b""
+
+
+def test_wandb_offline(compose_config: Compose, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for seed in (0, 1):
+        run(plain(compose_config("logger=wandb", "logger.offline=true", f"seed={seed}")))
+    files = sorted(tmp_path.rglob("run-*.wandb"))
+    assert len({f.name for f in files}) == 2, "each run has its own entry: the first was closed"
+    seeds = set()
+    for file in files:
+        found = list(records(file))
+        (about,) = [r.run for r in found if r.WhichOneof("record_type") == "run"]
+        assert about.run_group == "quick"
+        assert set(about.tags) >= {"attack:badnets", "defense:clp"}
+        config = {c.key: json.loads(c.value_json) for r in found for c in r.config.update if c.key}
+        assert config["attack"]["_target_"] == "attacks.badnets.BadNets"
+        seeds.add(config["seed"])
+        history: dict[str, Any] = {}
+        for record in found:
+            for item in record.history.item:
+                name = item.key or "/".join(item.nested_key)
+                history[name] = json.loads(item.value_json)
+        assert history["student/distill"] == 0.5
+        assert (history["victim/asr"], history["purified/asr"]) == (1.0, 0.1)
+        assert "victim/asr_conditional" not in history
+        assert any(k.startswith("pictures/patches_0001") for k in history)
+        assert found[-1].WhichOneof("record_type") == "exit" or any(
+            r.WhichOneof("record_type") == "exit" for r in found
+        )
+    assert seeds == {0, 1}
+
+
+def test_csv(compose_config: Compose, tmp_path: Path) -> None:
+    tree = plain(compose_config("logger=csv"))
+    run(tree)
+    table = pd.read_csv(tmp_path / "results" / "csv" / cell(tree) / "metrics.csv")
+    assert table["purified/asr"].dropna().tolist() == [0.1]
+    assert table["student/distill"].dropna().tolist() == [0.5]
+
+
+def test_tensorboard(compose_config: Compose, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tree = plain(compose_config("logger=tensorboard"))
+    run(tree)
+    events = EventAccumulator(str(tmp_path / "results" / "tensorboard" / cell(tree))).Reload()
+    assert [round(e.value, 6) for e in events.Scalars("purified/asr")] == [0.1]
+    assert events.Tags()["images"] == ["pictures/patches_0001"]
+
+
+def test_a_logger_that_is_not_installed(
+    compose_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pytorch_lightning.loggers.tensorboard as module
+
+    monkeypatch.setattr(module.TensorBoardLogger, "__init__", missing)
+    tree = plain(compose_config("logger=tensorboard"))
+    with (
+        pytest.raises(ConfigError, match=r"logger=tensorboard: .*dhbe\[tensorboard\]"),
+        tracked(tree, {"logger": "tensorboard"}),
+    ):
+        pass
+
+
+def missing(*args: Any, **kwargs: Any) -> None:
+    raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
