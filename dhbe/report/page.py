@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dhbe.report.folder import ROLES, read_metrics, rows
+from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -38,6 +38,7 @@ def write_page(folder: Path) -> Path:
         generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
         patches=[_shown(p) for p in pictures if p.name.startswith("patches")],
         curves=_curves(folder / "curves.csv"),
+        **_evidence(metrics, pictures),
         config=(folder / "config.yaml").read_text(),
     )
     target = folder / "report.html"
@@ -60,6 +61,23 @@ def _png(pixels: np.ndarray) -> str:
 def _shown(file: Path) -> dict[str, str]:
     epoch = file.stem.rsplit("_", 1)[-1].lstrip("0")
     return {"url": _data_url(file.read_bytes()), "caption": f"epoch {epoch}"}
+
+
+def _evidence(metrics: dict[str, Any], pictures: list[Path]) -> dict[str, Any]:
+    """What the section on somebody's checkpoint shows; empty for other runs."""
+    found = metrics.get("evidence")
+    if found is None:
+        return {}
+    changes = sorted(found["weights"].items(), key=lambda pair: -pair[1])
+    return {
+        "reach": reach_rows(found["reach"])[:20],
+        "weights": changes[:20],
+        "strongest": [
+            _shown(p) | {"caption": p.stem.replace("_", " ")}
+            for p in pictures
+            if p.stem.startswith(("strongest", "impressions"))
+        ],
+    }
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:
