@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.resources import files
+from types import FrameType
 from typing import Any
 
 from hydra.errors import HydraException
@@ -32,14 +34,17 @@ def _cell(*, _root_: DictConfig) -> str:
 def guarded(main: Callable[[], Any]) -> None:
     """Call ``main``; end with one clear message and an exit status instead of a traceback.
 
-    0: the result folder is complete. 2: the config is wrong. 1: anything else. 130: interrupted.
+    0: the result folder is complete. 2: the config is wrong. 1: anything else. 130 and 143:
+    stopped by SIGINT or SIGTERM; the same command goes on from the last finished epoch.
     ``HYDRA_FULL_ERROR=1`` shows the traceback.
     """
     wants_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # Hydra hands exceptions on instead of printing them itself
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
     except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)
     except (DHBEError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
@@ -48,11 +53,55 @@ def guarded(main: Callable[[], Any]) -> None:
             isinstance(error, HydraException) and not isinstance(error.__cause__, DHBEError)
         )
         cause = error.__cause__ if isinstance(error.__cause__, DHBEError) else error
-        print(f"error: {cause}", file=sys.stderr)
-        print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
+        _complain(str(cause))
         sys.exit(2 if config_error or isinstance(cause, ConfigError) else 1)
-    except OSError as error:  # Hydra makes the output folder before the pipeline starts
-        if wants_traceback:
+    except Exception as error:
+        if wants_traceback or not (advice := _advice(error)):
             raise
-        print(f"error: {error}; choose a writable hydra.run.dir", file=sys.stderr)
+        _complain(advice)
         sys.exit(1)
+
+
+STOPPED = "stopped; what was finished is kept, and the same command continues from there"
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    print(STOPPED, file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure of the machine; empty for errors of the program."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in type(error).__name__
+        or (isinstance(error, RuntimeError) and "allocate memory" in said)
+    ):
+        return f"out of memory ({said}); lower defense.batch_size or victim.batch_size"
+    if isinstance(error, OSError):  # Hydra makes the output folder before the pipeline starts
+        return f"{said}; free space, or choose a writable hydra.run.dir"
+    if "PytorchStreamWriter" in said or type(error).__name__ == "SafetensorError":
+        return f"a file could not be written ({said}); is the disk full?"
+    return ""
+
+
+def purify_arguments(given: list[str]) -> list[str]:
+    """``FILE key=value ...`` of ``dhbe-purify`` -> arguments of ``dhbe``; options stay as they are.
+
+    Raises:
+        ConfigError: no file is named.
+    """
+    if given and given[0].startswith("-"):
+        return ["task=purify", *given]
+    if not given or "=" in given[0]:
+        raise ConfigError(
+            "dhbe-purify: name the checkpoint first: dhbe-purify FILE [key=value ...]"
+        )
+    quoted = given[0].replace("\\", "\\\\").replace("'", "\\'")
+    return ["task=purify", f"checkpoint='{quoted}'", *given[1:]]

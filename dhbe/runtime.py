@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -217,10 +218,17 @@ class Runtime:
                 use_distributed_sampler=False,
                 num_sanity_val_steps=0,
             )
-            trainer.fit(
-                module,
-                train_dataloaders=batches,
-                ckpt_path=str(checkpoint) if checkpoint.exists() else None,
-                weights_only=True,
-            )
+            try:
+                trainer.fit(
+                    module,
+                    train_dataloaders=batches,
+                    ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                    weights_only=True,
+                )
+            except SystemExit as stopped:
+                if stopped.code != 1:
+                    raise
+                # Lightning makes exit status 1 of Ctrl-C, and ignores the next one.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from stopped
         module.to(config.device)

@@ -334,7 +334,10 @@ class Archive(WeightFile):
         return self.zip.getinfo(f"{self.root}/{record}").file_size
 
     def read(self, record: str) -> bytearray:
-        return bytearray(self.zip.read(f"{self.root}/{record}"))
+        try:
+            return bytearray(self.zip.read(f"{self.root}/{record}"))
+        except zipfile.BadZipFile as error:
+            raise Refused(f"damaged ({error})") from error
 
     def write(self, target: Path, records: Mapping[str, bytes]) -> None:
         new = {f"{self.root}/{k}": v for k, v in records.items()}

@@ -46,10 +46,7 @@ class Checkpoint:
         except Refused as error:
             if not path.is_file():
                 raise ArtefactError(f"victim.path={path}: no such file") from None
-            raise ArtefactError(
-                f"victim.path={path}: not a safetensors file or a plain state dict ({error}); "
-                "nothing in it was executed"
-            ) from error
+            raise self.refusal(error) from error
         except OSError as error:
             raise ArtefactError(f"victim.path={path}: cannot be read ({error})") from error
         prefix = wrapper(found)
@@ -62,6 +59,13 @@ class Checkpoint:
             raise ArtefactError(
                 f"victim.path={path}: its tensors claim more than the file holds; not read"
             )
+
+    def refusal(self, error: Refused) -> ArtefactError:
+        """The error with the file's name and what it means for the reader."""
+        return ArtefactError(
+            f"victim.path={self.path}: not a safetensors file or a plain state dict ({error}); "
+            "nothing in it was executed"
+        )
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -77,7 +81,10 @@ class Checkpoint:
         return self._read(self.original[key], self.places[key])
 
     def _read(self, name: str, place: Place) -> Tensor:
-        value = place.view(self.file.read(place.record)).clone()
+        try:
+            value = place.view(self.file.read(place.record)).clone()
+        except Refused as error:
+            raise self.refusal(error) from error
         if value.is_floating_point() and not value.isfinite().all():
             raise ArtefactError(
                 f"victim.path={self.path}: {name} holds NaN or infinite values; no defense can "

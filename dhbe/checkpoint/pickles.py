@@ -122,27 +122,38 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.actions = {o.name: self._action(o.name) for o in pickletools.opcodes}
 
     def step(self, name: str, argument: Any) -> None:
+        action = self.actions[name]
+        if action is None:
+            raise Refused(f"pickle opcode {name}, which no checkpoint needs")
+        action(argument)
+
+    def _action(self, name: str) -> Callable[[Any], None] | None:
+        """What an opcode does; None for those that are refused."""
         stack = self.stack
+        if name in CONSTANTS:
+            return lambda _: stack.append(CONSTANTS[name]())
         if LITERAL.fullmatch(name):
-            stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name]())
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name == "MARK":
-            stack.append(MARK)
-        elif name.startswith("TUPLE"):
-            count = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}.get(name)
-            stack.append(tuple(self.pop(count)))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            action = getattr(self, f"do_{name.lower()}", None)
-            if action is None:
-                raise Refused(f"pickle opcode {name}, which no checkpoint needs")
-            action(argument)
+            return stack.append
+        if name.endswith("PUT"):
+            return lambda argument: self.memo.__setitem__(argument, stack[-1])
+        if name.endswith("GET"):
+            return lambda argument: stack.append(self.memo[argument])
+        if name.startswith("TUPLE"):
+            count = int(name[5:]) if name[5:] else None
+            return lambda _: stack.append(tuple(self.pop(count)))
+        found: Callable[[Any], None] | None = getattr(self, f"do_{name.lower()}", None)
+        return found
+
+    def do_proto(self, _: Any) -> None:
+        """Nothing to do; nor for a frame, nor at the end."""
+
+    do_frame = do_stop = do_proto
+
+    def do_mark(self, _: Any) -> None:
+        self.stack.append(MARK)
 
     def pop(self, count: int | None = None) -> list[Any]:
         """The last ``count`` values, or all behind the last mark."""
