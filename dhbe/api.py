@@ -51,7 +51,7 @@ def purify(
     """
     register_resolvers()
     GlobalHydra.instance().clear()
-    chosen = [f"defense={defense}", *(["budget=own"] if clean else []), *overrides]
+    chosen = [f"defense={defense}", f"budget={'own' if clean else 'none'}", *overrides]
     with initialize_config_dir(str(files("conf")), version_base="1.3"):
         tree = config.plain(compose("config", overrides=["data=own", *chosen]))
     tree["data"] |= {

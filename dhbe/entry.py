@@ -99,7 +99,7 @@ def purify_arguments(given: list[str]) -> list[str]:
     """
     if given and given[0].startswith("-"):
         return ["task=purify", *given]
-    if not given or "=" in given[0]:
+    if not given or ("=" in given[0] and not os.path.exists(given[0])):
         raise ConfigError(
             "dhbe-purify: name the checkpoint first: dhbe-purify FILE [key=value ...]"
         )

@@ -110,6 +110,8 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
     try:
         tree, choices = completed(tree, choices)
         parts = assemble(tree)
+        if isinstance(parts.victim, CheckpointFile):
+            parts.victim.outside(folder)
         if result.complete and not tree["force"]:
             return reuse(result, tree)
         with result.claimed():

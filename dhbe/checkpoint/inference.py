@@ -12,6 +12,7 @@ from dhbe.data.own import NORMALIZATIONS
 from dhbe.errors import ArtefactError, ConfigError
 
 TARGET = "dhbe.checkpoint.CheckpointFile"
+BUDGET = {"_target_": "dhbe.data.Budget"}
 INFER = "infer"
 """``_target_`` of the model group that asks for inference."""
 STRIDE = "stem_stride"
@@ -34,7 +35,7 @@ def completed(
 
     Raises:
         ArtefactError: the file is refused, or no known network fits it.
-        ConfigError: several networks fit, or the file is inside the result folder.
+        ConfigError: several networks fit, or none of file and config tells the classes.
     """
     node = tree.get("victim")
     choices = dict(choices)
@@ -57,9 +58,11 @@ def completed(
         model, choices["model"] = infer(checkpoint, data)
     if own and data["normalization"] is None:
         data["normalization"] = normalization(checkpoint, data, assumed)
-    if own and data["clean"] and tree["budget"]["name"] == "none":
-        choices["budget"] = "own"
-        tree = tree | {"budget": tree["budget"] | {"name": "own", "fraction": 1.0}}
+    if own:  # a folder of clean images is the budget, whatever share a paper asks for
+        clean = data["clean"] is not None
+        choices["budget"] = "own" if clean else "none"
+        name = "own" if clean else "none (data.clean is not set)"
+        tree = tree | {"budget": BUDGET | {"name": name, "fraction": float(clean)}}
     if checkpoint.others:
         listed = ", ".join(sorted(checkpoint.others)[:8])
         assumed.append(f"{len(checkpoint.others)} tensors outside the network stay as is: {listed}")

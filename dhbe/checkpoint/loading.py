@@ -14,7 +14,7 @@ from torch import Tensor
 from dhbe.checkpoint.files import Place, open_weights
 from dhbe.checkpoint.layouts import RENAMINGS, Shape, differences
 from dhbe.checkpoint.pickles import Opaque, Refused
-from dhbe.errors import ArtefactError
+from dhbe.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
 
 NESTS = ("model", "state_dict", "net", "network", "model_state_dict", "netC", "weights", "params")
@@ -191,6 +191,18 @@ class CheckpointFile:
     def __init__(self, *, path: str, sha256: str = "", assumed: list[str] | None = None) -> None:
         self.path, self.sha256 = Path(path), sha256
         self.assumed = assumed or []
+
+    def outside(self, folder: Path) -> None:
+        """Refuse a result folder that holds the file: publishing a result replaces the folder.
+
+        Raises:
+            ConfigError: the file lies in ``folder``.
+        """
+        if folder.resolve() in self.path.resolve().parents:
+            raise ConfigError(
+                f"hydra.run.dir={folder}: {self.path} is inside the result folder, which would be "
+                "replaced; choose another folder"
+            )
 
     def load_into(self, network: Normalized) -> Checkpoint:
         """Fill ``network`` with the file's weights.
