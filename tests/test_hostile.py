@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.hostile import FILES, MARK, verdicts
+from dhbe.checkpoint import Checkpoint
+from dhbe.data.images import decode
+from dhbe.errors import DHBEError
+
+CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
+assert len(CORPUS) >= 4
 
 
 def test_hostile_and_broken_files_are_refused_and_never_run(tmp_path: Path) -> None:
@@ -24,6 +32,22 @@ def test_the_payloads_are_real(tmp_path: Path, monkeypatch) -> None:
     FILES["bare pickle with payload, no torch.save"](tmp_path / "bare.pt")
     pickle.loads((tmp_path / "bare.pt").read_bytes())
     assert (tmp_path / MARK).exists()
+
+
+@pytest.mark.parametrize("file", CORPUS, ids=lambda f: f.name)
+def test_what_fuzzing_found_stays_mended(file: Path) -> None:
+    """Inputs that once ended in something else than the project's own error."""
+
+    def read() -> None:
+        if file.name.startswith("image"):
+            decode(file.name, file.read_bytes(), 3, 8)
+            return
+        checkpoint = Checkpoint(file)
+        for key in checkpoint.places:
+            checkpoint.read(key)
+
+    with pytest.raises(DHBEError):
+        read()
 
 
 def test_the_report_escapes_what_others_wrote(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def open_weights(path: Path) -> WeightFile:
         if head[8:9] == b"{":
             return Safetensors(path)
         return Legacy(path)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, ValueError) as error:
         raise Refused(f"damaged ({error})") from error
     except RecursionError:
         raise Refused("nested too deeply") from None
