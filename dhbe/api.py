@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +20,9 @@ from dhbe.entry import register_resolvers
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
 from dhbe.types import Suspect
+
+CONF = Path(__file__).parent.parent / "conf"
+"""Installed beside this package, as in the checkout."""
 
 
 def purify(
@@ -52,7 +54,7 @@ def purify(
     register_resolvers()
     GlobalHydra.instance().clear()
     chosen = [f"defense={defense}", f"budget={'own' if clean else 'none'}", *overrides]
-    with initialize_config_dir(str(files("conf")), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = config.plain(compose("config", overrides=["data=own", *chosen]))
     tree["data"] |= {
         "classes": classes,

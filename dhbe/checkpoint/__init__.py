@@ -1,6 +1,6 @@
 """Somebody else's weights: read without executing code, matched by name and shape, written back."""
 
-from dhbe.checkpoint.inference import completed
+from dhbe.checkpoint.inference import completed, inferred
 from dhbe.checkpoint.loading import Checkpoint, CheckpointFile
 
-__all__ = ["Checkpoint", "CheckpointFile", "completed"]
+__all__ = ["Checkpoint", "CheckpointFile", "completed", "inferred"]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dhbe.checkpoint.layouts import candidates, channels_in, classes_in, image_size_in
 from dhbe.checkpoint.loading import Checkpoint, digest, misfit
 from dhbe.data.own import NORMALIZATIONS
@@ -13,10 +15,11 @@ from dhbe.errors import ArtefactError, ConfigError
 
 TARGET = "dhbe.checkpoint.CheckpointFile"
 BUDGET = {"_target_": "dhbe.data.Budget"}
-INFER = "infer"
+INFER = "dhbe.checkpoint.inferred"
 """``_target_`` of the model group that asks for inference."""
 STRIDE = "stem_stride"
 """What shapes cannot tell; files of this project say it in their metadata."""
+MAX_SAID = 4096
 MODEL_FACTS = ("model_name", "arch", "architecture", "model")
 HINTS = {"preactresnet18": "", "mobilenet_v3": "mobilenet_v3_large"}
 """Names in files that mean another name in torchvision, or a network that shapes tell."""
@@ -47,7 +50,7 @@ def completed(
     own = "normalization" in data
     facts, shapes = checkpoint.facts, checkpoint.shapes
     if own:
-        data["classes"] = data["classes"] or classes_in(shapes) or facts.get("num_classes")
+        data["classes"] = data["classes"] or classes_in(shapes) or whole(facts.get("num_classes"))
         data["channels"] = data["channels"] or channels_in(shapes) or 3
     model = tree["model"]
     if not data["classes"]:
@@ -68,6 +71,15 @@ def completed(
         assumed.append(f"{len(checkpoint.others)} tensors outside the network stay as is: {listed}")
     victim = node | {"sha256": digest(checkpoint.path), "assumed": assumed}
     return tree | {"victim": victim, "data": data, "model": model}, choices
+
+
+def inferred(*, classes: int, channels: int, image_size: int) -> nn.Module:
+    """Stands in the config until ``completed`` has put the network found in its place.
+
+    Raises:
+        ConfigError: always; nobody replaced it.
+    """
+    raise ConfigError("model=inferred: only a checkpoint tells its network; set victim=checkpoint")
 
 
 def infer(checkpoint: Checkpoint, data: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -94,11 +106,16 @@ def infer(checkpoint: Checkpoint, data: Mapping[str, Any]) -> tuple[dict[str, An
     return found[0].node, found[0].label.split()[0]
 
 
+def whole(said: object) -> int | None:
+    """A number that a file gives, if it is one that can be meant."""
+    return said if type(said) is int and 2 <= said <= MAX_SAID else None
+
+
 def image_size(checkpoint: Checkpoint, assumed: list[str]) -> int:
     """Side in pixels, from the file or, failing that, from the size of the first convolution."""
     said = checkpoint.facts.get("img_size", checkpoint.facts.get("image_size"))
-    sizes = [n for n in (said if isinstance(said, (list, tuple)) else [said]) if isinstance(n, int)]
-    found = image_size_in(checkpoint.shapes) or (max(sizes) if sizes else None)
+    sizes = [whole(n) for n in (said if isinstance(said, (list, tuple)) else [said])]
+    found = image_size_in(checkpoint.shapes) or max((n for n in sizes if n), default=None)
     if found:
         return found
     stem = checkpoint.shapes.get("conv1.weight", (0, 0, 3, 3))

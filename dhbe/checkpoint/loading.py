@@ -42,7 +42,7 @@ class Checkpoint:
         self.path = path
         try:
             self.file = open_weights(path)
-            self.nest, found = state_dict(self.file.content)
+            found = state_dict(self.file.content)
         except Refused as error:
             if not path.is_file():
                 raise ArtefactError(f"victim.path={path}: no such file") from None
@@ -80,6 +80,10 @@ class Checkpoint:
         """
         return self._read(self.original[key], self.places[key])
 
+    def other(self, name: str) -> Tensor:
+        """One tensor of ``others``."""
+        return self._read(name, self.others[name])
+
     def _read(self, name: str, place: Place) -> Tensor:
         try:
             value = place.view(self.file.read(place.record)).clone()
@@ -98,7 +102,7 @@ class Checkpoint:
         for key, place in self.others.items():
             name = key.rpartition(".")[2].lstrip("_")
             if name in STATISTICS and 1 <= place.nbytes // place.dtype.itemsize <= 4:
-                found[name] = self._read(key, place).double().flatten().tolist()
+                found[name] = self.other(key).double().flatten().tolist()
         return {k: found[k] for k in STATISTICS} if len(found) == len(STATISTICS) else None
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
@@ -129,23 +133,19 @@ class Checkpoint:
         return target
 
 
-def state_dict(content: Any) -> tuple[tuple[str, ...], dict[str, Place]]:
-    """Where in a file's content the state dict lies, and its entries.
+def state_dict(content: Any) -> dict[str, Place]:
+    """The state dict inside a file's content.
 
     Raises:
-        Refused: there is none, or the choice is not clear.
+        Refused: there is none.
     """
-    where: tuple[str, ...] = ()
     for _ in range(MAX_NESTING):
         if not isinstance(content, dict):
             break
         tensors = {str(k): v for k, v in content.items() if isinstance(v, Place)}
         if tensors and len(tensors) == sum(v is not None for v in content.values()):
-            return where, tensors
-        inner = next((k for k in NESTS if isinstance(content.get(k), dict)), None)
-        if inner is None:
-            break
-        where, content = (*where, inner), content[inner]
+            return tensors
+        content = next((content[k] for k in NESTS if isinstance(content.get(k), dict)), None)
     raise Refused(f"no state dict of tensors, neither on top nor under {', '.join(NESTS)}")
 
 
@@ -220,10 +220,14 @@ class CheckpointFile:
         own = network.network.state_dict()
         weights = {keys[k]: checkpoint.read(k) for k in checkpoint.places}
         network.network.load_state_dict(own | weights)
-        if checkpoint.others.keys() >= set(STATISTICS):  # a file of this project
+        if checkpoint.others.keys() == set(STATISTICS):  # a file of this project
             for name in STATISTICS:
-                value = checkpoint._read(name, checkpoint.others[name])
-                getattr(network, name).copy_(value.view_as(getattr(network, name)))
+                own_value = getattr(network, name)
+                value = checkpoint.other(name)
+                if value.shape != own_value.shape:
+                    wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(own_value.shape)}"]
+                    raise ArtefactError(misfit(self.path, wrong, len(own)))
+                own_value.copy_(value)
         return checkpoint
 
     @torch.no_grad()
