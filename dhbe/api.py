@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from torch import nn
 
 from dhbe import config
 from dhbe.data import DefenderData, OwnImages
 from dhbe.entry import register_resolvers
+from dhbe.errors import DHBEError
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
 from dhbe.types import Suspect
@@ -64,8 +66,13 @@ def purify(
         "clean": None if clean is None else str(clean),
     }
     config.validate({k: tree[k] for k in ("seed", "data", "defense", "budget", "trainer")})
-    data: OwnImages = instantiate(tree["data"], _convert_="all")
-    method, budget = instantiate(tree["defense"], _convert_="all"), instantiate(tree["budget"])
+    try:
+        data: OwnImages = instantiate(tree["data"], _convert_="all")
+        method, budget = instantiate(tree["defense"], _convert_="all"), instantiate(tree["budget"])
+    except HydraException as error:  # Hydra wraps what a constructor raises
+        if isinstance(error.__cause__, DHBEError):
+            raise error.__cause__ from None
+        raise
     method.check(budget)
     method.fits(data.spec)
     splits = data.load()
