@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dhbe.entry import guarded, register_resolvers
+from dhbe.entry import guarded, purify_arguments, register_resolvers
 
 register_resolvers()
 
@@ -27,6 +28,16 @@ def compose(cfg: DictConfig) -> None:
 def main() -> None:
     """Console entry point: exit status 2 for a config mistake, 1 for other failures."""
     guarded(compose)
+
+
+def purify() -> None:
+    """Console entry point ``dhbe-purify FILE [key=value ...]``: ``task=purify checkpoint=FILE``."""
+
+    def purified() -> None:
+        sys.argv[1:] = purify_arguments(sys.argv[1:])
+        compose()
+
+    guarded(purified)
 
 
 if __name__ == "__main__":

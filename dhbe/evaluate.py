@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -12,8 +13,9 @@ from dhbe.attack import Attack
 from dhbe.data import ImageSet, to_float
 from dhbe.metrics import Predictions, Truth, rates
 
+log = logging.getLogger(__name__)
 BATCH = 500
-"""Images per forward pass."""
+"""Images per forward pass; halved when memory runs out."""
 
 
 class Evaluator:
@@ -37,9 +39,19 @@ class Evaluator:
     def predict(self, network: nn.Module, *, limit: int | None = None) -> Predictions:
         """Classes predicted for the (first ``limit``) test images; the network is in eval mode."""
         assert not network.training, "evaluate in eval mode"
-        order = torch.arange(len(self.test))[:limit]
+        size = BATCH
+        while True:
+            try:
+                return self._predict(network, torch.arange(len(self.test))[:limit], size)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                log.warning("out of memory; evaluating with batches of %d", size)
+
+    def _predict(self, network: nn.Module, order: Tensor, size: int) -> Predictions:
         clean, triggered = [], []
-        for raw, index in self.test.batches(order, BATCH):
+        for raw, index in self.test.batches(order, size):
             x, index = to_float(raw.to(self.device)), index.to(self.device)
             clean.append(_classes(network, x))
             if self.attack is not None:

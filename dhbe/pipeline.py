@@ -21,11 +21,12 @@ from torch import nn
 
 from dhbe import config, processes, results, victim
 from dhbe.attack import Attack, NoAttack
-from dhbe.checkpoint import CheckpointFile
-from dhbe.data import Budget, Data, DefenderData, Splits
+from dhbe.checkpoint import CheckpointFile, completed
+from dhbe.data import Budget, Data, DefenderData, OwnImages, Splits
 from dhbe.defense import Defense
 from dhbe.errors import ConfigError
 from dhbe.evaluate import Evaluator
+from dhbe.evidence import Evidence, Probe
 from dhbe.metrics import Predictions
 from dhbe.models import Normalized
 from dhbe.report.console import show
@@ -55,6 +56,7 @@ class Parts:
     budget: Budget
     trainer: TrainerConfig
     victim: Schedule | CheckpointFile
+    probe: Probe | None
 
     @property
     def spec(self) -> DataSpec:
@@ -81,6 +83,7 @@ def assemble(tree: dict[str, Any]) -> Parts:
         budget=budget,
         trainer=instantiate(tree["trainer"]),
         victim=instantiate(tree["victim"], _convert_="all"),
+        probe=instantiate(tree["probe"]) if "probe" in tree else None,
     )
 
 
@@ -107,7 +110,10 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
     tree = config.plain(cfg)
     result = ResultFolder(folder)
     try:
+        tree, choices = completed(tree, choices)
         parts = assemble(tree)
+        if isinstance(parts.victim, CheckpointFile):
+            parts.victim.outside(folder)
         trainer = parts.trainer
         if result.complete and not tree["force"] and not processes.started():
             return reuse(result, tree)
@@ -139,7 +145,7 @@ def compute(
     splits = load(parts.data, config.fingerprint(tree["data"]))
 
     evaluator = None
-    if splits is not None:
+    if splits is not None and len(splits.test):
         attack = parts.attack if parts.attack.active else None
         evaluator = Evaluator(splits.test, attack, device=device)
     watch = None if evaluator is None else evaluator.observer()
@@ -164,24 +170,45 @@ def compute(
     if evaluator is not None:
         with clock.stage("evaluate"):
             after = evaluator.predict(purified)
+    evidence = None
+    runtime.recorder.notes += unknowns(parts, splits)
+    if parts.probe is not None:
+        with clock.stage("evidence"):
+            evidence = parts.probe(made.network, purified, runtime)
 
     metrics = describe(tree, parts, clock, made, runtime) | names(choices)
     truth = None if evaluator is None else evaluator.truth
     metrics = results.summarize(before, after, truth) | metrics
+    if evidence is not None:
+        metrics["evidence"] = evidence.as_dict()
     if evaluator is not None and tree["floor"] and parts.attack.active:
-        clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime).network
-        found = evaluator.predict(clean.to(device, runtime.dtype))
-        metrics["floor"] = results.summarize(found, found, truth)["victim"]
+        metrics["floor"] = floor(tree, parts, splits, evaluator, runtime)
     if not processes.first():
         return metrics
     report(logger, metrics, runtime.recorder.pictures)
-    store(work, tree, purified, evaluator, made, runtime, (before, after))
+    if isinstance(parts.victim, CheckpointFile):
+        parts.victim.write_back(purified, work)
+    store(work, tree, purified, evaluator, made, runtime, (before, after), evidence)
     (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
     write_page(work)
     write_overview(work)
     result.publish()
     show(metrics, result.path)
     return metrics
+
+
+def floor(
+    tree: dict[str, Any],
+    parts: Parts,
+    splits: Splits | None,
+    evaluator: Evaluator,
+    runtime: Runtime,
+) -> dict[str, float | None]:
+    """Rates of a clean-trained network of the same recipe under the same trigger."""
+    clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime).network
+    found = evaluator.predict(clean.to(runtime.device, runtime.dtype))
+    rates: dict[str, float | None] = results.summarize(found, found, evaluator.truth)["victim"]
+    return rates
 
 
 _loaded: dict[str, Splits | None] = {}
@@ -197,6 +224,29 @@ def load(data: Data, name: str) -> Splits | None:
         _loaded.clear()
         _loaded[name] = data.load()
     return _loaded[name]
+
+
+def unknowns(parts: Parts, splits: Splits | None) -> list[str]:
+    """What was assumed about somebody's file, what was left out, and what nobody can know."""
+    if not isinstance(parts.victim, CheckpointFile):
+        return []
+    found = list(parts.victim.assumed)
+    if isinstance(parts.data, OwnImages) and parts.data.skipped:
+        shown = ", ".join(parts.data.skipped[:8])
+        found.append(f"{len(parts.data.skipped)} unreadable images were skipped: {shown}")
+    if splits is None or not len(splits.test):
+        found.append(
+            "without test images the accuracy of neither network is known; generated images only "
+            "show that the two agree on what the networks themselves imagine. data.test=FOLDER "
+            "measures it"
+        )
+    if not parts.attack.active:
+        found.append(
+            "without the trigger no attack success rate can be measured. The reach of the trigger "
+            "network speaks of small patches only: a class that stands out is a reason to suspect "
+            "a backdoor, none standing out is no proof of its absence"
+        )
+    return found
 
 
 def no_attack(spec: DataSpec) -> NoAttack:
@@ -305,7 +355,7 @@ def describe(
         "selection": parts.defense.selection,
         "seed": tree["seed"],
         "poison_rate": parts.attack.poison_rate,
-        "seconds": {k: seconds.get(k, 0.0) for k in ("victim", "defense", "evaluate")},
+        "seconds": {"victim": 0.0, "defense": 0.0, "evaluate": 0.0} | seconds,
         "cached_victim": made.cached,
         "peak_memory_mb": max(clock.peaks.values()),
         "stage_peak_memory_mb": clock.peaks,
@@ -325,11 +375,15 @@ def store(
     made: victim.Victim,
     runtime: Runtime,
     predictions: tuple[Predictions | None, Predictions | None],
+    evidence: Evidence | None,
 ) -> None:
     """Everything but metrics and page: config, weights, predictions, curves, pictures."""
     (work / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     weights = {k: v.cpu().contiguous() for k, v in purified.state_dict().items()}
-    save_file(weights, work / "purified.safetensors", metadata={"data": tree["data"]["name"]})
+    about = {"data": tree["data"]["name"]}
+    if "stem_stride" in tree["model"]:  # shapes do not tell it
+        about["stem_stride"] = str(tree["model"]["stem_stride"])
+    save_file(weights, work / "purified.safetensors", metadata=about)
     arrays: dict[str, Any] = {}
     if evaluator is not None:
         arrays |= vars(evaluator.truth)
@@ -347,6 +401,8 @@ def store(
     pd.DataFrame(rows).to_csv(work / "curves.csv", index=False)
     pictures_dir = work / "pictures"
     pictures_dir.mkdir(exist_ok=True)
+    for name, made_up in evidence.pictures.items() if evidence else ():
+        runtime.recorder.picture(name, made_up)
     for name, images in runtime.recorder.pictures.items():
         results.save_grid(images, pictures_dir / f"{name}.png")
     shutil.rmtree(work / "training", ignore_errors=True)

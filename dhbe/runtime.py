@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -236,11 +237,18 @@ class Runtime:
                 num_sanity_val_steps=0,
             )
             align(module)
-            with synchronised(module):
-                trainer.fit(
-                    module,
-                    train_dataloaders=batches,
-                    ckpt_path=str(checkpoint) if checkpoint.exists() else None,
-                    weights_only=True,
-                )
+            try:
+                with synchronised(module):
+                    trainer.fit(
+                        module,
+                        train_dataloaders=batches,
+                        ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                        weights_only=True,
+                    )
+            except SystemExit as stopped:
+                if stopped.code != 1:
+                    raise
+                # Lightning makes exit status 1 of Ctrl-C, and ignores the next one.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from stopped
         module.to(config.device)

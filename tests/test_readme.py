@@ -60,6 +60,7 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     extra = ["data.limit=300", "data.train_size=0", *TINY[2:]]
     if "victim=checkpoint" in words:
         extra.remove("victim.epochs=2")
+        extra += ["probe.images=12", "probe.steps=2", "probe.width=4"]
     if any(w.startswith(("victim=cpu", "experiment=")) for w in words):
         extra = ["model=resnet_tiny", *extra]
     chosen = [w for w in words if w.startswith("defense=")] or ["defense=dhbe"]

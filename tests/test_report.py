@@ -66,7 +66,7 @@ def cells(tmp_path: Path) -> Path:
     for seed, asr in enumerate((0.1, 0.2, 0.3)):
         write_cell(tmp_path / "r" / f"c{seed}", seed=seed, asr=asr)
     write_cell(tmp_path / "r" / "other", seed=0, asr=0.5, defense="clp")
-    (tmp_path / "r" / ".unfinished.partial").mkdir()
+    write_cell(tmp_path / "r" / ".unfinished.partial", seed=9, asr=0.5)
     return tmp_path / "r"
 
 

@@ -3,6 +3,7 @@
 from dhbe.data.access import Budget, DefenderData
 from dhbe.data.images import ImageSet, Resident, Streamed
 from dhbe.data.loader import TrainingBatches, augment, to_float
+from dhbe.data.own import OwnImages
 from dhbe.data.splits import Data, Splits
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Data",
     "DefenderData",
     "ImageSet",
+    "OwnImages",
     "Resident",
     "Splits",
     "Streamed",

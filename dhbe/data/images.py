@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dhbe.errors import DataError
 
+MAX_PIXELS = 64_000_000
+"""Of one image, checked before it is unpacked."""
 Encoded = Callable[[int], tuple[str, bytes]]
 """Position -> (name to show in messages, encoded image file)."""
 
@@ -27,8 +29,12 @@ def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(blob)) as opened:
+            if getattr(opened, "is_animated", False):
+                raise ValueError("animated; which frame is meant?")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels, at most {MAX_PIXELS:,}")
             image = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not a readable image ({error}); replace or delete it") from error
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)

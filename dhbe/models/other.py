@@ -1,4 +1,4 @@
-"""VGG for 32-pixel images, and any network of timm."""
+"""VGG for 32-pixel images, and any classifier of timm or torchvision."""
 
 from __future__ import annotations
 
@@ -67,4 +67,40 @@ def from_timm(
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.name={name}, model.options={options}: {error}") from error
+    return network
+
+
+def from_torchvision(
+    *, name: str, options: dict[str, Any], classes: int, channels: int, image_size: int
+) -> nn.Module:
+    """``torchvision.models.get_model(name)`` with random weights (nothing is downloaded).
+
+    Args:
+        options: further arguments of the torchvision model.
+
+    Raises:
+        ConfigError: torchvision does not know the name, or the model refuses an option.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ConfigError(f"model.name={name}: expected one of torchvision's {', '.join(known)}")
+    size: dict[str, Any] = {"image_size": image_size} if name.startswith("vit") else {}
+    try:
+        network: nn.Module = torchvision.models.get_model(
+            name, weights=None, num_classes=classes, **size, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.name={name}, model.options={options}: {error}") from error
+    if channels != 3:
+        place, old = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+        parent, _, attribute = place.rpartition(".")
+        new = nn.Conv2d(
+            channels,
+            old.out_channels,
+            old.kernel_size,  # type: ignore[arg-type]
+            old.stride,  # type: ignore[arg-type]
+            old.padding,  # type: ignore[arg-type]
+            bias=old.bias is not None,
+        )
+        setattr(network.get_submodule(parent), attribute, new)
     return network

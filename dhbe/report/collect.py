@@ -37,7 +37,7 @@ def collect(folders: Iterable[Path]) -> pd.DataFrame:
     Rates are fractions; columns ``victim_acc``, ``purified_asr`` and so on. ``case`` and ``method``
     are hashes of the options behind the names.
     """
-    files = {m for f in folders for m in f.rglob("metrics.json")}
+    files = {m for f in folders for m in f.rglob("metrics.json") if m.parent.name[:1] != "."}
     found = [m.parent for m in sorted(files, key=lambda m: (m.stat().st_mtime, m))]
     options: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor() as pool:

@@ -60,3 +60,23 @@ def rows(metrics: dict[str, Any]) -> list[Row]:
         )
         for name, label in LABELS.items()
     ]
+
+
+def reach_rows(reach: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """Reach of the trigger network into each class, the highest of both networks first."""
+    pairs = list(zip(*(reach[role] for role in ROLES), strict=True))
+
+    def share(count: dict[str, Any]) -> float:
+        return count["hits"] / count["total"] if count["total"] else 0.0
+
+    order = sorted(range(len(pairs)), key=lambda c: -max(map(share, pairs[c])))
+    return [
+        Row(
+            label=str(c),
+            before=percent(share(pairs[c][0])),
+            after=percent(share(pairs[c][1])),
+            before_detail=detail(pairs[c][0]),
+            after_detail=detail(pairs[c][1]),
+        )
+        for c in order
+    ]

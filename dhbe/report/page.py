@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dhbe.report.folder import ROLES, read_metrics, rows
+from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -40,6 +40,7 @@ def write_page(folder: Path) -> Path:
         triggers=[_shown(p) for p in pictures if p.name.startswith("triggers_found")],
         target=_target_class(folder / "predictions.npz"),
         curves=_curves(folder / "curves.csv"),
+        **_evidence(metrics, pictures),
         config=(folder / "config.yaml").read_text(),
     )
     target = folder / "report.html"
@@ -73,6 +74,23 @@ def _target_class(file: Path) -> int | None:
         return None
     goals = np.unique(found["goal"])
     return int(goals[0]) if len(goals) == 1 else None
+
+
+def _evidence(metrics: dict[str, Any], pictures: list[Path]) -> dict[str, Any]:
+    """What the section on somebody's checkpoint shows; empty for other runs."""
+    found = metrics.get("evidence")
+    if found is None:
+        return {}
+    changes = sorted(found["weights"].items(), key=lambda pair: -pair[1])
+    return {
+        "reach": reach_rows(found["reach"])[:20],
+        "weights": changes[:20],
+        "strongest": [
+            _shown(p) | {"caption": p.stem.replace("_", " ")}
+            for p in pictures
+            if p.stem.startswith(("strongest", "impressions"))
+        ],
+    }
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:

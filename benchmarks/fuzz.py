@@ -1,0 +1,228 @@
+"""Fuzz what reads other people's bytes: checkpoints, images, parquet tables, configs.
+
+    python benchmarks/fuzz.py --minutes 60    # prints cases, CPU minutes and findings per target
+
+A finding is an input that ends in anything but a result or the project's own error, or takes more
+than 2 CPU seconds. Findings are kept as files; mend them and add them to the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from hostile import FILES
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dhbe import config
+from dhbe.checkpoint import Checkpoint
+from dhbe.data.images import decode
+from dhbe.data.sources import Parquet
+from dhbe.errors import DHBEError
+
+SLOW = 2.0
+"""CPU seconds that make an input a finding."""
+
+
+def mutated(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
+    """Seeds with bytes exchanged, runs cut out, repeated or inserted."""
+
+    @st.composite
+    def one(draw: st.DrawFn) -> bytes:
+        raw = bytearray(draw(st.sampled_from(seeds)))
+        for _ in range(draw(st.integers(0, 6))):
+            at = draw(st.integers(0, max(0, len(raw) - 1)))
+            length = draw(st.integers(0, 64))
+            kind = draw(st.sampled_from(["set", "cut", "repeat", "insert"]))
+            if kind == "set":
+                raw[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
+            elif kind == "cut":
+                del raw[at : at + length]
+            elif kind == "repeat":
+                raw[at:at] = raw[at : at + length]
+            else:
+                raw[at:at] = draw(st.binary(max_size=16))
+        return bytes(raw)
+
+    return one()
+
+
+def checkpoint_seeds(folder: Path) -> list[bytes]:
+    """Good files in all formats, and the small hostile ones."""
+    weights = {"conv1.weight": torch.ones(4, 3, 3, 3), "fc.weight": torch.ones(2, 4)}
+    seeds = []
+    for legacy in (False, True):
+        buffer = io.BytesIO()
+        torch.save({"model": weights}, buffer, _use_new_zipfile_serialization=not legacy)
+        seeds.append(buffer.getvalue())
+    from safetensors.torch import save
+
+    seeds.append(save(weights, {"format": "pt"}))
+    large = re.compile(r"\d,000|million|bomb|sparse|collide|overlapping")
+    for i, (description, make) in enumerate(FILES.items()):
+        if large.search(description):
+            continue
+        file = folder / f"seed{i}"
+        make(file)
+        seeds.append(file.read_bytes())
+        file.unlink()
+    return seeds
+
+
+def image_seeds() -> list[bytes]:
+    """One small picture in each format."""
+    picture = Image.fromarray(np.arange(432, dtype=np.uint8).reshape(12, 12, 3) % 251)
+    seeds = []
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM", "TIFF"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        seeds.append(buffer.getvalue())
+    return seeds
+
+
+def table_seed() -> bytes:
+    """A parquet table of two pictures."""
+    images = [{"bytes": b, "path": "a.png"} for b in image_seeds()[:2]]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), buffer)
+    return buffer.getvalue()
+
+
+def read_checkpoint(folder: Path, raw: bytes) -> None:
+    """Target: open the file and read every tensor."""
+    file = folder / "given.pt"
+    file.write_bytes(raw)
+    checkpoint = Checkpoint(file)
+    for key in checkpoint.places:
+        checkpoint.read(key)
+
+
+def read_image(folder: Path, raw: bytes) -> None:
+    """Target: decode one image."""
+    del folder
+    assert decode("given", raw, 3, 8).shape == (3, 8, 8)
+
+
+def read_table(folder: Path, raw: bytes) -> None:
+    """Target: read one parquet table."""
+    (folder / "given.parquet").write_bytes(raw)
+    Parquet(root=str(folder), train="given.parquet", test="").load(
+        "train", channels=3, size=8, stream=False
+    )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+NODES = {
+    "defense": {"_target_": "defenses.clp.CLP", "u": 3.0},
+    "data": {"_target_": "dhbe.data.OwnImages", "name": "own", "classes": 10, "channels": 3},
+    "budget": {"_target_": "dhbe.data.Budget", "name": "none"},
+}
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> dict[str, object]:
+    """Config trees with keys and values exchanged."""
+    tree: dict[str, object] = {"seed": draw(st.integers(-1, 2) | JSON)}
+    for group, node in NODES.items():
+        changes = draw(st.dictionaries(st.sampled_from([*node, "x"]), JSON, max_size=2))
+        changes.pop("_target_", None)
+        tree[group] = node | changes
+    return tree
+
+
+def check_config(folder: Path, tree: dict[str, object]) -> None:
+    """Target: validate a config tree."""
+    del folder
+    config.validate(tree)
+
+
+def fuzz(
+    name: str, strategy: st.SearchStrategy[object], target: Callable[..., None], minutes: float
+) -> None:
+    """Draw cases until the CPU time is used; print the target's row."""
+    cases, refused = 0, 0
+    findings: dict[str, str] = {}
+    start = time.process_time()
+    end = start + 60 * minutes
+    with tempfile.TemporaryDirectory() as folder:
+
+        def one(case: object) -> None:
+            nonlocal cases, refused
+            if time.process_time() > end:
+                return
+            cases += 1
+            began = time.process_time()
+            try:
+                target(Path(folder), case)
+            except DHBEError:
+                refused += 1
+            except Exception as error:
+                where = f"{type(error).__name__}: {str(error)[:120]}"
+                keep(findings, name, where, case)
+            if time.process_time() - began > SLOW:
+                keep(findings, name, "slow", case)
+
+        while time.process_time() < end:
+            run = given(strategy)(one)
+            settings(
+                max_examples=200,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )(run)()
+    used = (time.process_time() - start) / 60
+    print(f"| {name} | {cases:,} | {refused:,} | {used:.1f} | {len(findings)} |", flush=True)
+    for what, file in findings.items():
+        print(f"  {name}: {what} ({file})", flush=True)
+
+
+def keep(findings: dict[str, str], name: str, what: str, case: object) -> None:
+    """Write the first input of each kind of finding to ``outputs/fuzz``."""
+    if what in findings:
+        return
+    raw = case if isinstance(case, bytes) else repr(case).encode()
+    folder = Path("outputs/fuzz")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{hashlib.sha256(raw).hexdigest()[:12]}"
+    file.write_bytes(raw)
+    findings[what] = str(file)
+
+
+def main() -> None:
+    """Share the minutes among the targets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0, help="CPU minutes in total")
+    minutes = parser.parse_args().minutes
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(
+        "| target | cases | refused | CPU minutes | findings |\n|---|---|---|---|---|", flush=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = checkpoint_seeds(Path(folder))
+    fuzz("checkpoint", mutated(seeds), read_checkpoint, 0.5 * minutes)
+    fuzz("image", mutated(image_seeds()), read_image, 0.2 * minutes)
+    fuzz("parquet", mutated([table_seed()]), read_table, 0.15 * minutes)
+    fuzz("config", trees(), check_config, 0.15 * minutes)
+
+
+if __name__ == "__main__":
+    main()

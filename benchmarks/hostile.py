@@ -1,0 +1,392 @@
+"""Hostile and broken checkpoints, made on the spot, and what the reader says to each.
+
+    python benchmarks/hostile.py          # the table of docs/security.md: refusal, CPU seconds, MB
+
+The tests make the same files and ask that each is refused, and that none runs code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MARK = "EXECUTED"
+"""File that a payload would make."""
+Make = Callable[[Path], object]
+FILES: dict[str, Make] = {}
+"""Description -> function that writes the file."""
+
+
+def hostile(description: str) -> Callable[[Make], Make]:
+    """Register a maker."""
+
+    def register(make: Make) -> Make:
+        FILES[description] = make
+        return make
+
+    return register
+
+
+def good() -> dict[str, torch.Tensor]:
+    """A small state dict."""
+    return {"conv1.weight": torch.ones(4, 3, 3, 3), "fc.weight": torch.ones(2, 4)}
+
+
+class Payload:
+    """Runs a shell command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {MARK}",)
+
+
+class Evaluated:
+    """Evaluates an expression when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (f"open({MARK!r}, 'w')",)
+
+
+def rezipped(path: Path, change: Callable[[str, bytes], bytes | None], **extra: bytes) -> None:
+    """A saved state dict with records changed, dropped (None) or added."""
+    buffer = io.BytesIO()
+    torch.save(good(), buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
+        for info in source.infolist():
+            raw = change(info.filename, source.read(info))
+            if raw is not None:
+                target.writestr(info.filename, raw)
+        for name, raw in extra.items():
+            target.writestr(name, raw)
+
+
+def with_pickle(path: Path, raw: bytes) -> None:
+    """A saved state dict with another data.pkl."""
+    rezipped(path, lambda name, old: raw if name.endswith("data.pkl") else old)
+
+
+def safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
+    """A safetensors file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def entry(shape: list[Any], start: int, stop: int, dtype: str = "F32") -> dict[str, Any]:
+    """One tensor of a safetensors header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def tensor_pickle(shape: str, stride: str, offset: int = 0, numel: int = 108) -> bytes:
+    """Pickle of ``{"w": tensor}`` with any geometry, in pickle's text protocol."""
+    return (
+        b"}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
+        b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+        + f"I{numel}\n".encode()
+        + b"tQ"
+        + f"I{offset}\n({shape}t({stride}t".encode()
+        + b"\x89}tRs."
+    )
+
+
+def ints(*values: int) -> str:
+    """Integers in the text protocol."""
+    return "".join(f"I{v}\n" for v in values)
+
+
+# ---------------------------------------------------------------- code
+
+hostile("pickle calls os.system")(lambda p: torch.save({"model": good(), "x": Payload()}, p))
+hostile("the same in the format before 1.6")(
+    lambda p: torch.save(Payload(), p, _use_new_zipfile_serialization=False)
+)
+hostile("pickle calls eval")(lambda p: torch.save([Evaluated()], p))
+hostile("pickle fetches exec with getattr")(
+    lambda p: with_pickle(p, b"c__builtin__\ngetattr\n(c__builtin__\n__dict__\nS'exec'\ntR.")
+)
+hostile("bare pickle with payload, no torch.save")(lambda p: p.write_bytes(pickle.dumps(Payload())))
+hostile("payload named by STACK_GLOBAL (protocol 4)")(
+    lambda p: with_pickle(p, pickle.dumps(Payload(), protocol=4))
+)
+hostile("payload by INST opcode")(lambda p: with_pickle(p, b"(S'touch EXECUTED'\nios\nsystem\n."))
+hostile("payload by OBJ opcode")(lambda p: with_pickle(p, b"(cos\nsystem\nS'touch EXECUTED'\no."))
+hostile("name with dots inside a harmless module")(
+    lambda p: with_pickle(p, b"\x80\x04\x8c\x05numpy\x8c\x0fcore.os.system1\x93.")
+)
+hostile("torch function that allocates on call")(
+    lambda p: with_pickle(p, b"ctorch\nempty\n(I1000000000000\ntR.")
+)
+hostile("a whole pickled module")(lambda p: torch.save(torch.nn.Linear(2, 2), p))
+hostile("persistent id that is not a storage")(lambda p: with_pickle(p, b"X\x01\x00\x00\x00aQ."))
+hostile("extension registry opcode")(lambda p: with_pickle(p, b"\x82\x01."))
+
+# ---------------------------------------------------------------- size
+
+hostile("safetensors header of 1 TB")(lambda p: safetensors(p, b"{" + b" " * 64, length=1 << 40))
+hostile("safetensors header longer than the file")(
+    lambda p: safetensors(p, b'{"a":1}', length=1 << 20)
+)
+hostile("safetensors tensor of 1 TB in an empty file")(
+    lambda p: safetensors(p, {"w": entry([1 << 38], 0, 1 << 40)})
+)
+hostile("safetensors shape whose product overflows")(
+    lambda p: safetensors(p, {"w": entry([1 << 39] * 8, 0, 4)}, b"\0" * 4)
+)
+hostile("tensor of 1 TB on a storage of 432 bytes")(
+    lambda p: with_pickle(p, tensor_pickle(ints(1 << 38), ints(1)))
+)
+hostile("stride 0 blows 4 bytes up to 1 TB")(
+    lambda p: with_pickle(p, tensor_pickle(ints(1 << 19, 1 << 19), ints(0, 0)))
+)
+hostile("storage that claims 1 TB")(
+    lambda p: with_pickle(p, tensor_pickle(ints(4), ints(1), numel=1 << 38))
+)
+hostile("negative offset")(lambda p: with_pickle(p, tensor_pickle(ints(4), ints(1), offset=-4)))
+hostile("negative shape")(lambda p: with_pickle(p, tensor_pickle(ints(-4), ints(1))))
+hostile("string of 1 EB announced in the pickle")(
+    lambda p: with_pickle(p, b"\x8d" + struct.pack("<Q", 1 << 60) + b".")
+)
+hostile("memo index of 2 billion")(lambda p: with_pickle(p, b"Nr" + b"\xff\xff\xff\x7f" + b"0."))
+hostile("byte array of 1 TB")(lambda p: with_pickle(p, b"\x96" + struct.pack("<Q", 1 << 40) + b"."))
+
+
+@hostile("zip bomb: a compressed storage of 128 MB")
+def _(path: Path) -> None:
+    def packed(name: str) -> zipfile.ZipInfo:
+        info = zipfile.ZipInfo(name)
+        info.compress_type = zipfile.ZIP_DEFLATED
+        return info
+
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr("a/data.pkl", tensor_pickle(ints(1 << 25), ints(1), numel=1 << 25))
+        with target.open(packed("a/data/0"), "w") as record:
+            for _ in range(8):
+                record.write(b"\0" * (1 << 24))
+
+
+@hostile("30,000 records in the zip")
+def _(path: Path) -> None:
+    rezipped(path, lambda _, raw: raw, **{f"archive/{i}": b"" for i in range(30_000)})
+
+
+@hostile("overlapping records (one block listed many times)")
+def _(path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as target:
+        target.writestr("a/data/0", b"\0" * (1 << 20))
+        first = target.infolist()[0]
+        for i in range(1, 1000):
+            twin = zipfile.ZipInfo(f"a/data/{i}")
+            twin.header_offset, twin.CRC = first.header_offset, first.CRC
+            twin.compress_size = twin.file_size = first.file_size
+            target.filelist.append(twin)
+            target.NameToInfo[twin.filename] = twin
+    path.write_bytes(buffer.getvalue())
+
+
+@hostile("sparse file of 5 GB")
+def _(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 64) + b"{")
+        file.truncate(5 << 30)
+
+
+hostile("two million pickle opcodes")(lambda p: with_pickle(p, b"N0" * 1_000_000 + b"}."))
+hostile("safetensors with 300,000 tensors")(
+    lambda p: safetensors(p, {f"t{i}": entry([0], 0, 0) for i in range(300_000)})
+)
+
+# ---------------------------------------------------------------- nesting and keys
+
+hostile("lists nested 200,000 deep")(
+    lambda p: with_pickle(p, b"]" * 200_000 + b"a" * 199_999 + b".")
+)
+hostile("dicts nested 100,000 deep under 'model'")(
+    lambda p: with_pickle(p, b"}" + b"X\x05\x00\x00\x00model}" * 100_000 + b"s" * 100_000 + b".")
+)
+hostile("a list that holds itself")(lambda p: with_pickle(p, b"]q\x00h\x00a."))
+hostile("tuple of tuples as key (hash bomb)")(
+    lambda p: with_pickle(p, b"})" + b"2\x86" * 60 + b"Ns.")
+)
+hostile("integer keys chosen to collide")(
+    lambda p: with_pickle(
+        p,
+        b"}("
+        + b"".join(
+            b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(40_000)
+        )
+        + b"u.",
+    )
+)
+hostile("JSON nested 100,000 deep")(lambda p: safetensors(p, b'{"a":' + b"[" * 100_000 + b"}"))
+hostile("safetensors key twice")(
+    lambda p: safetensors(
+        p,
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32",'
+        b'"shape":[1],"data_offsets":[4,8]}}',
+        b"\0" * 8,
+    )
+)
+hostile("pickle key twice")(lambda p: with_pickle(p, b"}X\x01\x00\x00\x00wNsX\x01\x00\x00\x00wNs."))
+
+# ---------------------------------------------------------------- archives
+
+hostile("record named ../../evil")(
+    lambda p: rezipped(p, lambda _, r: r, **{"archive/../../evil": b"x"})
+)
+hostile("record with an absolute name")(
+    lambda p: rezipped(p, lambda _, r: r, **{"/etc/evil": b"x"})
+)
+hostile("record with a backslash")(
+    lambda p: rezipped(p, lambda _, r: r, **{"archive\\..\\evil": b"x"})
+)
+
+
+@hostile("symbolic link in the archive")
+def _(path: Path) -> None:
+    rezipped(path, lambda _, raw: raw)
+    link = zipfile.ZipInfo("archive/data/9")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "a") as target:
+        target.writestr(link, "/etc/passwd")
+
+
+@hostile("the same record twice")
+def _(path: Path) -> None:
+    import warnings
+
+    rezipped(path, lambda _, raw: raw)
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as target:
+        warnings.simplefilter("ignore")
+        target.writestr(target.namelist()[0], b"x")
+
+
+hostile("storage missing from the archive")(
+    lambda p: rezipped(p, lambda name, r: None if name.endswith("data/0") else r)
+)
+hostile("a zip without data.pkl")(
+    lambda p: rezipped(p, lambda name, r: None if name.endswith("data.pkl") else r)
+)
+hostile("big-endian archive")(
+    lambda p: rezipped(p, lambda name, r: b"big" if name.endswith("byteorder") else r)
+)
+
+
+@hostile("truncated archive")
+def _(path: Path) -> None:
+    torch.save(good(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@hostile("flipped byte in a storage")
+def _(path: Path) -> None:
+    torch.save(good(), path)
+    raw = path.read_bytes()
+    at = raw.index(struct.pack("<f", 1.0) * 8)
+    path.write_bytes(raw[:at] + b"\x00\x00\x80\x40" + raw[at + 4 :])
+
+
+# ---------------------------------------------------------------- values
+
+hostile("NaN weights")(
+    lambda p: torch.save(good() | {"fc.weight": torch.full((2, 4), torch.nan)}, p)
+)
+hostile("infinite weights")(
+    lambda p: torch.save(good() | {"fc.weight": torch.full((2, 4), torch.inf)}, p)
+)
+hostile("complex weights")(
+    lambda p: torch.save(good() | {"fc.weight": torch.ones(2, 4, dtype=torch.complex64)}, p)
+)
+hostile("safetensors of an unknown type")(
+    lambda p: safetensors(p, {"w": entry([1], 0, 4, "F4_E2M1")}, b"\0" * 4)
+)
+hostile("safetensors with bytes nobody owns")(
+    lambda p: safetensors(p, {"w": entry([1], 0, 4)}, b"\0" * 4096)
+)
+hostile("shape that is not a number")(
+    lambda p: safetensors(p, {"w": entry(["4"], 0, 16)}, b"\0" * 16)
+)
+hostile("no tensors at all")(lambda p: torch.save({"epoch": 3, "optimizer": {}}, p))
+hostile("an image with the wrong suffix")(
+    lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 64)
+)
+hostile("an empty file")(lambda p: p.write_bytes(b""))
+hostile("an HTML error page (interrupted download)")(
+    lambda p: p.write_bytes(b"<!DOCTYPE html><html>404</html>")
+)
+
+PROBE = """
+import json, resource, sys, time
+from pathlib import Path
+from dhbe.checkpoint import Checkpoint
+from dhbe.errors import ArtefactError
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith(key)).split()[1]) * 1024
+
+limit = status("VmSize") + 2**30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for name in json.loads(sys.argv[1]):
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = status("VmRSS"), time.process_time()
+    try:
+        checkpoint = Checkpoint(Path(name))
+        for key in checkpoint.places:
+            checkpoint.read(key)
+        said = None
+    except ArtefactError as error:
+        said = str(error)
+    seconds = time.process_time() - start
+    print(json.dumps([name, said, seconds, (status("VmHWM") - before) / 2**20]), flush=True)
+"""
+
+
+def verdicts(folder: Path) -> list[dict[str, Any]]:
+    """Make all files, read each with 1 GB to spare: refusal (None: accepted), CPU s, MB."""
+    names = {}
+    for i, (description, make) in enumerate(FILES.items()):
+        make(folder / f"{i:02}.pt")
+        names[f"{i:02}.pt"] = description
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(list(names))],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    if len(rows) != len(names):
+        raise RuntimeError(f"died at {list(names.values())[len(rows)]}: {done.stderr[-2000:]}")
+    return [
+        {"file": names[n], "said": said, "seconds": seconds, "mb": max(0.0, mb)}
+        for n, said, seconds, mb in rows
+    ]
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = verdicts(Path(folder))
+        print(f"executed: {(Path(folder) / MARK).exists()}; files: {len(rows)}\n")
+    print("| file | refused, because | CPU s | MB |\n|---|---|---|---|")
+    for row in rows:
+        said = row["said"] or "ACCEPTED"
+        reason = said.split(" state dict (", 1)[-1].split("); nothing in it", 1)[0]
+        reason = reason.split("pt: ", 1)[-1].replace("|", "/").replace("\n", " ")[:110]
+        print(f"| {row['file']} | {reason} | {row['seconds']:.2f} | {row['mb']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

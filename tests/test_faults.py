@@ -1,0 +1,169 @@
+"""Faults of the machine, made to happen: clear message, exit status, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_spec
+from PIL import Image
+from test_cli import TINY, run
+
+from dhbe.data import OwnImages, Resident
+from dhbe.errors import DataError
+from dhbe.evaluate import Evaluator
+
+LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
+
+
+def started(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *overrides, f"paths.victims={folder}/victims"],
+        cwd=folder,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def stop_in_training(folder: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send the signal when the first epoch of the victim is on disk."""
+    process = started(folder, *LONG)
+    while process.poll() is None and not list(folder.glob("victims/.*.partial/last.ckpt")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
+    ids=["SIGINT", "SIGTERM", "SIGKILL"],
+)
+def test_a_stopped_run_can_be_continued(tmp_path: Path, number, status: int) -> None:
+    code, said = stop_in_training(tmp_path, number)
+    assert code == status, said
+    if number != signal.SIGKILL:
+        assert "the same command continues from there" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "out" / "metrics.json").exists(), "nothing looks finished"
+    (state,) = tmp_path.glob("victims/.*.partial/last.ckpt")
+    assert torch.load(state, weights_only=True)["epoch"] >= 0
+    if number == signal.SIGKILL:  # the lock of the dead process holds nobody up
+        done = run(tmp_path, *LONG)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / "metrics.json").exists()
+        assert not list(tmp_path.glob("victims/.*.partial"))
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    """No file may grow beyond 64 kB: what a full disk does to the first large one."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+    process = started(tmp_path, *LONG, preexec_fn=limited)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    assert "error: " in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in (tmp_path / "victims").glob("[!.]*")]
+
+
+def test_evaluation_halves_its_batch_when_memory_runs_out() -> None:
+    class Small(torch.nn.Module):
+        """A device with room for 100 images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x.mean((2, 3))
+
+    pixels = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8)
+    test = Resident(pixels, torch.zeros(300, dtype=torch.int64))
+    evaluator = Evaluator(test, None, device=torch.device("cpu"))
+    found = evaluator.predict(Small().eval()).clean
+    assert (found == pixels.float().mean((2, 3)).argmax(1).numpy()).all()
+
+
+# ---------------------------------------------------------------- a user's own images
+
+
+def own(folder: Path, **changes) -> OwnImages:
+    spec = make_spec()
+    known = {"classes": 3, "channels": 3, "image_size": spec.image_size, "normalization": "half"}
+    known |= {"name": "own", "flip": False, "crop_padding": 0, "clean": None, "test": str(folder)}
+    return OwnImages(**(known | {"skip_unreadable": False} | changes))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for label in ("0", "2"):
+        (tmp_path / label).mkdir()
+        for i in range(2):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / label / f"{i}.png")
+    return tmp_path
+
+
+def truncate(file: Path) -> None:
+    Image.effect_noise((64, 64), 90).save(file, "PNG")
+    file.write_bytes(file.read_bytes()[:500])
+
+
+def animate(file: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+
+
+def bomb(file: Path) -> None:
+    """20,000 x 20,000 pixels in 50 kB."""
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+
+
+BAD = {
+    "truncated": (truncate, "not a readable image"),
+    "animated": (animate, "animated; which frame is meant"),
+    "bomb": (bomb, "not a readable image"),
+    "empty": (lambda f: f.write_bytes(b""), "not a readable image"),
+    "text": (lambda f: f.write_text("no image"), "not a readable image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images_are_named_and_skipped_only_when_asked(folder: Path, kind: str) -> None:
+    make, message = BAD[kind]
+    make(folder / "2" / "bad.png")
+    with pytest.raises(DataError, match=rf"bad.png: .*{message}.*data.skip_unreadable=true"):
+        own(folder).load()
+    images = own(folder, skip_unreadable=True)
+    splits = images.load()
+    assert splits is not None
+    assert splits.test.labels.tolist() == [0, 0, 2, 2]
+    assert images.skipped == [str(folder / "2" / "bad.png")]
+
+
+def test_folders_that_are_not_the_classes_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"sub-folder 2, but the network has classes 0..1"):
+        own(folder, classes=2).load()
+    (folder / "2").rename(folder / "dog")
+    with pytest.raises(DataError, match="2 sub-folders for 3 classes"):
+        own(folder).load()
+    assert own(folder, classes=2).load().test.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(DataError, match="expected a folder with one sub-folder per class"):
+        own(folder / "absent").load()

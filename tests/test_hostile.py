@@ -1,0 +1,81 @@
+"""Hostile and broken checkpoints: every one refused, none executed, all within 1 GB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.hostile import FILES, MARK, verdicts
+from dhbe.checkpoint import Checkpoint
+from dhbe.data.images import decode
+from dhbe.errors import DHBEError
+
+CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
+assert len(CORPUS) >= 4
+
+
+def test_hostile_and_broken_files_are_refused_and_never_run(tmp_path: Path) -> None:
+    found = verdicts(tmp_path)
+    assert len(found) == len(FILES) >= 30
+    for row in found:
+        assert row["said"], f"accepted: {row['file']}"
+        assert "victim.path=" in row["said"], row["file"]
+    assert not (tmp_path / MARK).exists()
+
+
+def test_the_payloads_are_real(tmp_path: Path, monkeypatch) -> None:
+    """The same files run their code in a reader that trusts them; else nothing was tested."""
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    FILES["bare pickle with payload, no torch.save"](tmp_path / "bare.pt")
+    pickle.loads((tmp_path / "bare.pt").read_bytes())
+    assert (tmp_path / MARK).exists()
+
+
+@pytest.mark.parametrize("file", CORPUS, ids=lambda f: f.name)
+def test_what_fuzzing_found_stays_mended(file: Path) -> None:
+    """Inputs that once ended in something else than the project's own error."""
+
+    def read() -> None:
+        if file.name.startswith("image"):
+            decode(file.name, file.read_bytes(), 3, 8)
+            return
+        checkpoint = Checkpoint(file)
+        for key in checkpoint.places:
+            checkpoint.read(key)
+
+    with pytest.raises(DHBEError):
+        read()
+
+
+def test_the_report_escapes_what_others_wrote(tmp_path: Path) -> None:
+    """Names of tensors, files and notes are other people's text."""
+    import json
+
+    from dhbe.report.page import write_page
+
+    evil = "<script>alert(1)</script>"
+    rate = {"hits": 1, "total": 2, "wilson95": [0.1, 0.9]}
+    none = dict.fromkeys(("acc", "asr", "asr_conditional", "ra"))
+    metrics = {
+        **dict.fromkeys(("data", "model", "attack", "defense", "budget", "selection"), evil),
+        **{"victim": none, "purified": none, "counts": {"victim": none, "purified": none}},
+        **{"der": None, "seed": 0, "notes": [evil], "cached_victim": True, "commit": evil},
+        **{"versions": {evil: evil}, "device": evil, "precision": evil, "peak_memory_mb": 1.0},
+        "seconds": {"victim": 0.0, "defense": 1.0, "evaluate": 0.0},
+        "evidence": {
+            "agreement": rate,
+            "logit_change": 0.1,
+            "reach": {"victim": [rate], "purified": [rate]},
+            "weights": {evil: 0.5},
+        },
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "config.yaml").write_text(evil)
+    (tmp_path / "curves.csv").write_text("")
+    (tmp_path / "pictures").mkdir()
+    page = write_page(tmp_path).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 10

@@ -1,0 +1,165 @@
+"""Purifying somebody's checkpoint from end to end: command, console script, Python call."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_cli import GAME, metrics, run
+from torch import nn
+
+import dhbe
+from dhbe.entry import purify_arguments
+from dhbe.errors import ConfigError
+from dhbe.models.resnet import SmallResNet
+
+PROBE = ("probe.images=12", "probe.steps=2", "probe.width=4", "trainer.threads=1")
+
+
+def network(seed: int = 0) -> SmallResNet:
+    torch.manual_seed(seed)
+    made = SmallResNet(
+        widths=[16, 24], blocks=1, stem_stride=1, classes=5, channels=3, image_size=32
+    )
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a CIFAR ResNet in others' key layout, nested and behind ``module.``."""
+    folder = tmp_path_factory.mktemp("given")
+    theirs = {"^stem.0": "conv1", "^stem.1": "bn1", "^head": "fc"}
+    weights = {}
+    for key, value in network().state_dict().items():
+        for pattern, name in theirs.items():
+            key = re.sub(pattern, name, key)
+        key = re.sub(r"^stages\.(\d)", lambda m: f"layer{int(m[1]) + 1}", key)
+        weights[f"module.{key}"] = value
+    torch.save({"state_dict": weights, "note": "<script>alert(1)</script>"}, folder / "a b.pth")
+    for label in range(5):
+        (folder / "images" / str(label)).mkdir(parents=True)
+        for i in range(4):
+            Image.effect_noise((32, 32), 30 + label).save(folder / f"images/{label}/{i}.png")
+    return folder
+
+
+def test_one_command_without_data(given: Path) -> None:
+    before = (given / "a b.pth").read_bytes()
+    task = ("task=purify", f"checkpoint='{given}/a b.pth'", "data.image_size=32")
+    done = run(given, *task, *GAME, *PROBE, "hydra.run.dir=blind", WANDB_API_KEY="secret-key-0123")
+    assert done.returncode == 0, done.stderr
+    out = given / "blind"
+    m = metrics(out)
+    assert m["purified"]["acc"] is None
+    assert m["model"] == "resnet_small"
+    found = m["evidence"]
+    assert found["agreement"]["total"] == 24
+    assert {len(found["reach"][r]) for r in ("victim", "purified")} == {5}
+    assert any(change > 0 for change in found["weights"].values())
+    notes = " ".join(m["notes"])
+    for part in ("data.normalization=cifar10 is assumed", "accuracy of neither", "no proof"):
+        assert part in notes
+    page = (out / "report.html").read_text()
+    assert "Reach:" in page
+    assert "<script" not in page
+    for file in out.rglob("*"):
+        assert file.is_dir() or b"secret-key-0123" not in file.read_bytes(), file
+    assert (given / "a b.pth").read_bytes() == before
+    old = torch.load(given / "a b.pth", weights_only=True)
+    new = torch.load(out / "a b-purified.pth", weights_only=True)
+    assert new["note"] == old["note"]
+    assert list(new["state_dict"]) == list(old["state_dict"])
+    assert any((new["state_dict"][k] != v).any() for k, v in old["state_dict"].items())
+
+
+def test_with_a_users_images(given: Path) -> None:
+    """Few-sample defense, accuracy before and after, and a suspected trigger."""
+    folders = (f"data.clean={given}/images", f"data.test={given}/images", "data.image_size=32")
+    done = run(
+        given,
+        *("task=purify", f"checkpoint='{given}/a b.pth'", *folders, *PROBE),
+        *("defense=finetune", "defense.schedule.epochs=1", "attack=badnets", "hydra.run.dir=seen"),
+    )
+    assert done.returncode == 0, done.stderr
+    m = metrics(given / "seen")
+    assert m["budget"] == "own"
+    assert m["counts"]["purified"]["acc"]["total"] == 20
+    assert m["counts"]["victim"]["asr"]["total"] == 16
+    without = (f"checkpoint='{given}/a b.pth'", "defense=finetune", "hydra.run.dir=no")
+    done = run(given, "task=purify", *without)
+    assert done.returncode == 2
+    assert "data.clean is not set): FineTune needs clean images" in done.stderr
+
+
+def test_the_result_never_replaces_its_input(given: Path) -> None:
+    inside = given / "blind" / "purified.safetensors"
+    base = ("task=purify", f"checkpoint={inside}", "defense=clp", *PROBE)
+    done = run(given, *base, "hydra.run.dir=blind", "force=true")
+    assert done.returncode == 2, done.stderr
+    assert "inside the result folder" in done.stderr
+    assert inside.exists()
+
+
+def test_what_a_defense_cannot_do_is_said(tmp_path: Path) -> None:
+    import timm
+
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=1
+    )
+    with pytest.raises(
+        ConfigError, match=r"no convolution followed by BatchNorm; use defense=dhbe"
+    ):
+        dhbe.purify(vit, image_size=32, classes=10, defense="clp")
+
+
+def test_the_console_script_takes_a_file() -> None:
+    assert purify_arguments(["a b.pt", "seed=1"]) == [
+        "task=purify",
+        "checkpoint='a b.pt'",
+        "seed=1",
+    ]
+    assert purify_arguments(["--help"]) == ["task=purify", "--help"]
+    assert purify_arguments(["it's.pt"])[1] == r"checkpoint='it\'s.pt'"
+    with pytest.raises(ConfigError, match="name the checkpoint first"):
+        purify_arguments(["seed=1"])
+    done = subprocess.run(
+        [sys.executable, "-c", "import run; run.purify()", "seed=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 2
+    assert "name the checkpoint first" in done.stderr
+
+
+def test_the_python_call_of_the_documentation() -> None:
+    text = (ROOT / "docs" / "purify.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    purified = names["purified"]
+    assert isinstance(purified, nn.Module)
+    assert not purified.training
+
+
+def test_the_python_call_leaves_the_model_alone_and_plays_the_game() -> None:
+    model = network()
+    before = json.dumps({k: v.tolist() for k, v in model.state_dict().items()})
+    options = {"image_size": 32, "classes": 5, "normalization": {"mean": [0.5], "std": [0.2]}}
+    purified = dhbe.purify(model, **options, overrides=GAME)  # type: ignore[arg-type]
+    assert json.dumps({k: v.tolist() for k, v in model.state_dict().items()}) == before
+    assert not torch.equal(purified.head.weight, model.head.weight)
+    with pytest.raises(ConfigError, match=r"data\.normalization=mars: expected one of none, half"):
+        dhbe.purify(model, image_size=32, classes=5, normalization="mars")
+    with pytest.raises(ConfigError, match="FineTune needs clean images"):
+        dhbe.purify(model, image_size=32, classes=5, defense="finetune")
