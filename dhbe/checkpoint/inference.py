@@ -21,8 +21,6 @@ STRIDE = "stem_stride"
 """What shapes cannot tell; files of this project say it in their metadata."""
 MAX_SAID = 4096
 MODEL_FACTS = ("model_name", "arch", "architecture", "model")
-HINTS = {"preactresnet18": "", "mobilenet_v3": "mobilenet_v3_large"}
-"""Names in files that mean another name in torchvision, or a network that shapes tell."""
 
 
 def completed(
@@ -91,7 +89,7 @@ def infer(checkpoint: Checkpoint, data: Mapping[str, Any]) -> tuple[dict[str, An
     """
     hint = next((str(checkpoint.facts[k]) for k in MODEL_FACTS if k in checkpoint.facts), None)
     sizes = {k: int(data[k]) for k in ("classes", "channels", "image_size")}
-    found, wrong = candidates(checkpoint.shapes, hint=HINTS.get(hint or "", hint), **sizes)
+    found, wrong = candidates(checkpoint.shapes, hint=hint, **sizes)
     if STRIDE in checkpoint.facts:
         said = str(checkpoint.facts[STRIDE])
         found = [c for c in found if str(c.node.get(STRIDE, said)) == said]

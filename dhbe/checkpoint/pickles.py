@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from dhbe.errors import ArtefactError
 
 MAX_OPCODES = 500_000
-"""A BackdoorBench result of CIFAR-10 has about 200,000, a state dict about 30 per tensor."""
+"""A tensor of a state dict takes about 30."""
 MAX_KEY = 2**31
 """Larger integers as keys could be chosen to collide in a dict."""
 
