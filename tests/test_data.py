@@ -69,13 +69,16 @@ def data_of(source, **changes) -> Data:
 
 def test_every_data_config_composes(compose_config) -> None:
     found = names("data")
-    assert len(found) == 12
+    assert len(found) == 13
     for name in found:
         extra = []
         if name == "image_folder":
             extra = ["data.classes=3", "data.source.root=somewhere"]
         if name == "image_parquet":
             extra = ["data.classes=3", "data.source.train=a", "data.source.test=b"]
+        if name == "own":  # a checkpoint would answer these
+            extra = ["data.classes=3", "data.channels=3", "data.image_size=32"]
+            extra.append("data.normalization=cifar10")
         data = instantiate(plain(compose_config(f"data={name}", *extra))["data"])
         assert data.spec.name == name
         assert (CONF / "data" / f"{name}.yaml").exists()

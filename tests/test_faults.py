@@ -36,7 +36,11 @@ def started(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
 
 def stop_in_training(folder: Path, number: signal.Signals) -> tuple[int, str]:
     """Send the signal when the first epoch of the victim is on disk."""
-    process = started(folder, *LONG)
+
+    def attentive() -> None:  # a background shell, as in CI, makes its children deaf to SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = started(folder, *LONG, preexec_fn=attentive)
     while process.poll() is None and not list(folder.glob("victims/.*.partial/last.ckpt")):
         time.sleep(0.05)
     process.send_signal(number)

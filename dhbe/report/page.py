@@ -69,7 +69,7 @@ def _shown(file: Path) -> dict[str, str]:
 
 def _target_class(file: Path) -> int | None:
     """The attacker's one target class; None if there are several, or none is known."""
-    found = np.load(file)
+    found = np.load(file) if file.exists() else {}
     if "victim_triggered" not in found:
         return None
     goals = np.unique(found["goal"])
