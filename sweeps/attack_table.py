@@ -27,6 +27,7 @@ from dhbe.report.tables import markdown
 
 SETTING = ["data", "model", "epochs", "seed"]
 KEYS = [*SETTING, "attack", "attack_variant"]
+RUN = ["case", "seed"]
 MARK = "<!-- table -->\n\n"
 SHOWN = 3
 """Test images per attack on the sheet."""
@@ -54,7 +55,7 @@ def victims(folders: list[Path]) -> pd.DataFrame:
     if table.empty:
         return table
     table = table[table["defense"] == "none"]
-    return table.drop_duplicates(KEYS, keep="last").reset_index(drop=True)
+    return table.drop_duplicates(RUN, keep="last").reset_index(drop=True)
 
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -64,7 +65,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
         shown = examples(row["folder"])
         pictures = stealth(shown["clean"], shown["triggered"]) if "triggered" in shown else {}
         found.append(
-            {k: row[k] for k in KEYS}
+            {k: row[k] for k in (*KEYS, "case")}
             | {"poison_rate": row["poison_rate"]}
             | {
                 k: 100 * row[f"victim_{k}"]
@@ -88,13 +89,14 @@ def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
         former = pd.read_csv(old, keep_default_na=False, na_values=[""])
         former["attack_variant"] = former["attack_variant"].fillna("")
         new = pd.concat([former, new], ignore_index=True)
-    return new.drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
+    return new.drop_duplicates(RUN, keep="last").sort_values(KEYS, ignore_index=True)
 
 
 def text(table: pd.DataFrame) -> str:
     """The table as Markdown, accuracy also as difference to the clean-trained network."""
     table = table.copy()
-    clean = table[table["attack"] == "none"].set_index(SETTING)["acc"]
+    clean = table[table["attack"] == "none"].drop_duplicates(SETTING, keep="last")
+    clean = clean.set_index(SETTING)["acc"]
     base = [clean.get(tuple(k)) for k in table[SETTING].to_numpy().tolist()]
     gap = [f"{a - b:+.1f}" if _known(b) else "–" for a, b in zip(table["acc"], base, strict=True)]
     table["vs clean"] = gap

@@ -53,7 +53,7 @@ def test_table_by_hand(results: Path) -> None:
 
 def test_rows_of_other_machines_stay(results: Path, tmp_path: Path) -> None:
     new = rows(victims([results]))
-    old = new.assign(acc=1.0, attack=["none", "wanet"])
+    old = new.assign(acc=1.0, attack=["none", "wanet"], case=[new["case"][0], "another"])
     old.to_csv(tmp_path / "old.csv", index=False)
     both = merged(tmp_path / "old.csv", new).set_index("attack")["acc"]
     assert both.to_dict() == {"none": 85.0, "blend": 84.0, "wanet": 1.0}
