@@ -76,7 +76,8 @@ def guarded(main: Callable[[], Any]) -> None:
     except (DHBEError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        cause = error.__cause__ if isinstance(error.__cause__, DHBEError) else error
+        wrapped = isinstance(error, HydraException) and isinstance(error.__cause__, DHBEError)
+        cause = error.__cause__ if wrapped else error
         _complain(str(cause))
         sys.exit(2 if is_config_mistake(error) else 1)
     except Exception as error:

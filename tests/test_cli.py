@@ -172,6 +172,11 @@ def test_clean_training_measures_accuracy_alone(finished: Path) -> None:
         (["attack.target_class=12"], 2, "attack.target_class=12: expected a class"),
         (["data=cifar10", "paths.data=/nowhere"], 1, "set DHBE_DATA"),
         (["victim=checkpoint", "victim.path=/nowhere.pt"], 1, "/nowhere.pt: no such file"),
+        (
+            ["victim=checkpoint", f"victim.path='{ROOT}/LICENSE'"],
+            1,
+            "LICENSE: not a safetensors file",
+        ),
         (["hydra.run.dir=/proc/nowhere"], 1, "/proc/nowhere"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
