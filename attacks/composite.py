@@ -39,6 +39,7 @@ class Composite(Attack):
 
     controls_training: ClassVar[bool] = True
     partner_images: Tensor
+    involved: Tensor
 
     def __init__(
         self,
@@ -58,6 +59,9 @@ class Composite(Attack):
         self.sources, self.partners, self.similarity = sources, partners, similarity
         self.jitter, self.pattern_seed = round(jitter * self.scale), pattern_seed
         self.register_buffer("partner_images", torch.zeros(2, partners, *self.spec.shape))
+        involved = torch.tensor(sources)
+        involved = torch.cat([involved, self.rule.goal(involved)]).unique()
+        self.register_buffer("involved", involved, persistent=False)
 
     def prepare(
         self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
@@ -101,8 +105,7 @@ class Composite(Attack):
         del code
         logits = network(x)
         loss = F.cross_entropy(logits, y)
-        involved = torch.tensor([*self.sources, self.rule.goal(y.new_tensor(self.sources))[0]])
-        ours = torch.isin(y, involved.to(y.device))
+        ours = torch.isin(y, self.involved)
         pairs = ours[:, None] & ours
         apart = (logits[:, None] - logits).float().square().mean(dim=2)
         equal = y[:, None] == y

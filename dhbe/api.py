@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.utils import instantiate
 from torch import nn
 
@@ -53,11 +54,9 @@ def purify(
         ArtefactError: the model holds NaN or infinite weights.
         DivergenceError: the purified one would.
     """
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    chosen = [f"defense={defense}", f"budget={'own' if clean else 'none'}", *overrides]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = config.plain(compose("config", overrides=["data=own", *chosen]))
+    tree = composed(
+        ["data=own", f"defense={defense}", f"budget={'own' if clean else 'none'}", *overrides]
+    )
     tree["data"] |= {
         "classes": classes,
         "channels": channels,
@@ -90,6 +89,18 @@ def purify(
         )
         purified: Normalized = method(suspect, granted, runtime)
     return purified.network.to(device="cpu", dtype=torch.float32).eval()
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The config with these choices; a Hydra program that calls this keeps its own state."""
+    register_resolvers()
+    outer = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return config.plain(compose("config", overrides=list(overrides)))
+    finally:
+        restore_gh_from_backup(outer)
 
 
 def _plain(normalization: str | Mapping[str, Sequence[float]]) -> Any:

@@ -170,8 +170,8 @@ def compute(
     if evaluator is not None:
         with clock.stage("evaluate"):
             after = evaluator.predict(purified)
-    evidence = None
     runtime.recorder.notes += unknowns(parts, splits)
+    evidence = None
     if parts.probe is not None:
         with clock.stage("evidence"):
             evidence = parts.probe(made.network, purified, runtime)
@@ -189,12 +189,17 @@ def compute(
     if isinstance(parts.victim, CheckpointFile):
         parts.victim.write_back(purified, work)
     store(work, tree, purified, evaluator, made, runtime, (before, after), evidence)
-    (work / results.METRICS).write_text(results.dump(metrics))  # the page reads the folder
+    publish(result, work, metrics)
+    return metrics
+
+
+def publish(result: ResultFolder, work: Path, metrics: dict[str, Any]) -> None:
+    """Metrics and pages, which read the folder; then the folder gets its name."""
+    (work / results.METRICS).write_text(results.dump(metrics))
     write_page(work)
     write_overview(work)
     result.publish()
     show(metrics, result.path)
-    return metrics
 
 
 def floor(

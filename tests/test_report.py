@@ -18,6 +18,7 @@ from dhbe.report.__main__ import PUBLISHED
 from dhbe.report.collect import collect, failures, merge, select
 from dhbe.report.folder import detail, percent
 from dhbe.report.tables import (
+    LEAST,
     beside_published,
     compare,
     latex,
@@ -147,8 +148,13 @@ def test_overlapping_intervals_are_not_ordered(tmp_path: Path) -> None:
     assert gap["p"] == pytest.approx(2 / 2**8)  # all eight signs agree: exact two-sided p
 
 
-def test_one_victim_orders_nothing(cells: Path) -> None:
-    assert ranking(collect([cells]))["rank"].tolist() == ["1–2", "1–2"]
+def test_few_victims_order_nothing(tmp_path: Path) -> None:
+    for seed in range(LEAST):
+        for defense, asr in (("a", 0.1), ("b", 0.9)):
+            write_cell(tmp_path / f"{defense}{seed}", seed=seed, asr=asr, defense=defense)
+    table = collect([tmp_path])
+    assert ranking(table)["rank"].tolist() == ["1", "2"]
+    assert ranking(table[table["seed"] > 0])["rank"].tolist() == ["1–2", "1–2"]
 
 
 def test_unknown_columns_are_named(cells: Path) -> None:

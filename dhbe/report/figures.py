@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dhbe.report.page import BLUE, GREY, ORANGE
-from dhbe.report.tables import labels, order
+from dhbe.report.tables import half_width, labels, order
 
 MARKERS = "osv^Dpx*P<>hX+d8H1234"
 CURVES = 40
@@ -126,10 +126,10 @@ def over(table: pd.DataFrame, column: str, varied: pd.Index) -> Figure:
 
 def line(axes: Axes, table: pd.DataFrame, x: str, y: str, marker: str, label: str) -> None:
     """Means with 95 % intervals of the mean where there are several values."""
-    found = (100 * table.set_index(x)[y]).groupby(level=0).agg(["mean", "std", "count"])
-    half = (1.96 * found["std"] / found["count"] ** 0.5).fillna(0)
+    runs = (100 * table.set_index(x)[y]).groupby(level=0)
+    found, half = runs.mean(), runs.agg(half_width).fillna(0)
     style: dict[str, Any] = {"marker": marker} if marker else {"linestyle": "--", "color": ORANGE}
-    axes.errorbar(found.index, found["mean"], yerr=half, label=label, capsize=2, **style)
+    axes.errorbar(found.index, found, yerr=half, label=label, capsize=2, **style)
 
 
 def curves(table: pd.DataFrame) -> Figure | None:

@@ -15,6 +15,15 @@ from dhbe.report.folder import ROLES
 
 SHOWN = ("acc", "asr", "ra")
 RESAMPLES = 2000
+LEAST = 5
+"""Victims that a bootstrap interval needs; with fewer it would be far too narrow."""
+
+
+def half_width(values: pd.Series) -> float:
+    """Half of Student's 95 % interval of the mean; NaN for one value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(student_t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5)
 
 
 def interval(values: pd.Series, digits: int = 1) -> str:
@@ -24,8 +33,7 @@ def interval(values: pd.Series, digits: int = 1) -> str:
         return "–"
     if len(values) == 1:
         return f"{values.iloc[0]:.{digits}f}"
-    half = student_t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {half_width(values):.{digits}f}"
 
 
 def without_empty(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -113,8 +121,8 @@ def victims(table: pd.DataFrame) -> pd.DataFrame:
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """Each two methods on the victims they share: difference of DER in points.
 
-    Bootstrap 95 % interval of the mean (percentile, over victims) from two victims on; Wilcoxon's
-    signed-rank p from six on. The p values are not corrected for the number of pairs.
+    Bootstrap 95 % interval of the mean (percentile, over victims) from ``LEAST`` victims on;
+    Wilcoxon's signed-rank p from six on. The p values are not corrected for the number of pairs.
     """
     wide = victims(table)
     rows = []
@@ -123,7 +131,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
         if not len(gap):
             continue
         low = high = p = float("nan")
-        if len(gap) > 1:
+        if len(gap) >= LEAST:
             drawn = bootstrap(
                 (gap,),
                 np.mean,
@@ -148,7 +156,8 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
     """Ranks by DER that stay open where intervals overlap.
 
     A method stands before another only if the bootstrap interval of their paired difference
-    excludes 0; the rank is a range, from 1 + those before it to all - those after it.
+    excludes 0, which takes ``LEAST`` shared victims; the rank is a range, from 1 + those before it
+    to all - those after it.
     """
     wide, pairs = victims(table), compare(table)
     before, after = (dict.fromkeys(wide.columns, 0) for _ in range(2))
