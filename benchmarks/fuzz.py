@@ -9,6 +9,7 @@ than 2 CPU seconds. Findings are kept as files; mend them and add them to the te
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import io
 import re
@@ -17,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,11 +29,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dhbe import config
+from dhbe.api import composed
 from dhbe.checkpoint import Checkpoint
 from dhbe.data.images import decode
 from dhbe.data.sources import Parquet
 from dhbe.errors import DHBEError
+from dhbe.pipeline import assemble
 
 SLOW = 2.0
 """CPU seconds that make an input a finding."""
@@ -60,7 +63,7 @@ def mutated(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
     return one()
 
 
-def checkpoint_seeds(folder: Path) -> list[bytes]:
+def checkpoint_seeds() -> list[bytes]:
     """Good files in all formats, and the small hostile ones."""
     weights = {"conv1.weight": torch.ones(4, 3, 3, 3), "fc.weight": torch.ones(2, 4)}
     seeds = []
@@ -72,13 +75,13 @@ def checkpoint_seeds(folder: Path) -> list[bytes]:
 
     seeds.append(save(weights, {"format": "pt"}))
     large = re.compile(r"\d,000|million|bomb|sparse|collide|overlapping")
-    for i, (description, make) in enumerate(FILES.items()):
-        if large.search(description):
-            continue
-        file = folder / f"seed{i}"
-        make(file)
-        seeds.append(file.read_bytes())
-        file.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (description, make) in enumerate(FILES.items()):
+            if large.search(description):
+                continue
+            file = Path(folder) / f"seed{i}"
+            make(file)
+            seeds.append(file.read_bytes())
     return seeds
 
 
@@ -129,28 +132,60 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )
-NODES = {
-    "defense": {"_target_": "defenses.clp.CLP", "u": 3.0},
-    "data": {"_target_": "dhbe.data.OwnImages", "name": "own", "classes": 10, "channels": 3},
-    "budget": {"_target_": "dhbe.data.Budget", "name": "none"},
+CHOICES = {
+    "attack": ["badnets", "blend", "wanet", "input_aware", "ctrl", "adaptive_patch", "issba"],
+    "defense": ["dhbe", "clp", "anp", "i_bau", "nad", "cetf", "trap_and_replace", "abl", "fip"],
 }
 
 
-@st.composite
-def trees(draw: st.DrawFn) -> dict[str, object]:
-    """Config trees with keys and values exchanged."""
-    tree: dict[str, object] = {"seed": draw(st.integers(-1, 2) | JSON)}
-    for group, node in NODES.items():
-        changes = draw(st.dictionaries(st.sampled_from([*node, "x"]), JSON, max_size=2))
-        changes.pop("_target_", None)
-        tree[group] = node | changes
-    return tree
+def valid_trees() -> list[dict[str, Any]]:
+    """Whole configs that are accepted: every attack and defense above."""
+    longest = max(map(len, CHOICES.values()))
+    rounds = [{g: names[i % len(names)] for g, names in CHOICES.items()} for i in range(longest)]
+    found = [composed([f"{g}={name}" for g, name in choice.items()]) for choice in rounds]
+    for tree in found:
+        assemble(tree)
+    return found
 
 
-def check_config(folder: Path, tree: dict[str, object]) -> None:
-    """Target: validate a config tree."""
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a config holds a value; ``_target_`` names code and is as trusted as code."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    found = []
+    for key, value in items:
+        if key == "_target_":
+            continue
+        found.append((*path, key))
+        if isinstance(value, (dict, list)):
+            found += places(value, (*path, key))
+    return found
+
+
+def changed(trees: list[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Accepted configs with up to three values exchanged, moved or taken away."""
+    numbers = st.sampled_from([-1, 0, 1, 2, 0.5, -0.5, 1e-9, 1e9, 2**40, 7])
+
+    @st.composite
+    def one(draw: st.DrawFn) -> dict[str, Any]:
+        tree = copy.deepcopy(draw(st.sampled_from(trees)))
+        for _ in range(draw(st.integers(0, 3))):
+            *way, last = draw(st.sampled_from(places(tree)))
+            node = tree
+            for key in way:
+                node = node[key]
+            if isinstance(node, dict) and draw(st.integers(0, 4)) == 0:
+                del node[last]
+            else:
+                node[last] = draw(numbers | JSON)
+        return tree
+
+    return one()
+
+
+def check_config(folder: Path, tree: dict[str, Any]) -> None:
+    """Target: check a config tree and build what it names; nothing is read from disk."""
     del folder
-    config.validate(tree)
+    assemble(tree)
 
 
 def fuzz(
@@ -206,22 +241,30 @@ def keep(findings: dict[str, str], name: str, what: str, case: object) -> None:
     findings[what] = str(file)
 
 
+SHARES = {"checkpoint": 0.5, "image": 0.2, "parquet": 0.15, "config": 0.15}
+TARGETS: dict[str, Callable[[], tuple[st.SearchStrategy[Any], Callable[..., None]]]] = {
+    "checkpoint": lambda: (mutated(checkpoint_seeds()), read_checkpoint),
+    "image": lambda: (mutated(image_seeds()), read_image),
+    "parquet": lambda: (mutated([table_seed()]), read_table),
+    "config": lambda: (changed(valid_trees()), check_config),
+}
+
+
 def main() -> None:
     """Share the minutes among the targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="CPU minutes in total")
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--targets", nargs="+", default=[*SHARES], choices=SHARES)
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(
         "| target | cases | refused | CPU minutes | findings |\n|---|---|---|---|---|", flush=True
     )
-    with tempfile.TemporaryDirectory() as folder:
-        seeds = checkpoint_seeds(Path(folder))
-    fuzz("checkpoint", mutated(seeds), read_checkpoint, 0.5 * minutes)
-    fuzz("image", mutated(image_seeds()), read_image, 0.2 * minutes)
-    fuzz("parquet", mutated([table_seed()]), read_table, 0.15 * minutes)
-    fuzz("config", trees(), check_config, 0.15 * minutes)
+    shares = {name: SHARES[name] for name in options.targets}
+    for name, share in shares.items():
+        strategy, target = TARGETS[name]()
+        fuzz(name, strategy, target, options.minutes * share / sum(shares.values()))
 
 
 if __name__ == "__main__":

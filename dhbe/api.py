@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
-from hydra.utils import instantiate
 from torch import nn
 
 from dhbe import config
 from dhbe.data import DefenderData, OwnImages
 from dhbe.entry import register_resolvers
-from dhbe.errors import DHBEError
 from dhbe.models import Normalized
 from dhbe.runtime import Runtime
 from dhbe.types import Suspect
@@ -64,14 +61,10 @@ def purify(
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
     }
-    config.validate({k: tree[k] for k in ("seed", "data", "defense", "budget", "trainer")})
-    try:
-        data: OwnImages = instantiate(tree["data"], _convert_="all")
-        method, budget = instantiate(tree["defense"], _convert_="all"), instantiate(tree["budget"])
-    except HydraException as error:  # Hydra wraps what a constructor raises
-        if isinstance(error.__cause__, DHBEError):
-            raise error.__cause__ from None
-        raise
+    groups = ("data", "defense", "budget", "trainer")
+    config.validate({k: tree[k] for k in ("seed", *groups)}, groups)
+    data: OwnImages = config.build(tree["data"])
+    method, budget = config.build(tree["defense"]), config.build(tree["budget"])
     method.check(budget)
     method.fits(data.spec)
     splits = data.load()
@@ -85,7 +78,7 @@ def purify(
     suspect = Suspect(network=network, architecture=type(model).__name__, spec=data.spec)
     with TemporaryDirectory() as work:
         runtime = Runtime(
-            trainer_config=instantiate(tree["trainer"]), seed=tree["seed"], workdir=Path(work)
+            trainer_config=config.build(tree["trainer"]), seed=tree["seed"], workdir=Path(work)
         )
         purified: Normalized = method(suspect, granted, runtime)
     return purified.network.to(device="cpu", dtype=torch.float32).eval()

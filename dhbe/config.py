@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
-from dhbe.errors import ConfigError
+from dhbe.errors import ConfigError, DHBEError, got
 
 TARGET = "_target_"
+GROUPS = ("data", "model", "attack", "budget", "defense", "victim", "trainer")
+"""Config groups that every run chooses from."""
 SUPPLIED: dict[str, set[str]] = {
     "attack": {"spec"},
     "model": {"classes", "channels", "image_size"},
@@ -87,7 +91,10 @@ def _type_errors(value: Any, annotation: Any, path: str) -> list[str]:
     if value == "???":
         return [f"{path}: required; set {path}=..."]
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        except PydanticUserError:  # a dataclass brings its own config
+            adapter = TypeAdapter(annotation)
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         reasons = "; ".join(e["msg"] for e in error.errors())
@@ -126,11 +133,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in resolved.items()}
 
 
-def validate(tree: dict[str, Any]) -> None:
+def validate(tree: dict[str, Any], groups: Iterable[str] = GROUPS) -> None:
     """Check the whole config.
 
     Args:
         tree: as from ``plain``.
+        groups: those that must name a component.
 
     Raises:
         ConfigError: lists everything that is wrong, one line each.
@@ -139,7 +147,25 @@ def validate(tree: dict[str, Any]) -> None:
     seed = tree.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         found.append(f"seed={seed}: expected an integer, 0 or more")
+    for group in groups:
+        node = tree.get(group)
+        if not isinstance(node, dict) or not isinstance(node.get(TARGET), str):
+            found.append(str(got(group, node, f"one of the configs in conf/{group}")))
     for group, node in tree.items():
         found += errors_in(node, group, frozenset(SUPPLIED.get(group, ())))
     if found:
         raise ConfigError("\n".join(sorted(found)))
+
+
+def build(node: dict[str, Any], **options: Any) -> Any:
+    """The object that a validated config node names, its lists and dicts plain.
+
+    Raises:
+        DHBEError: what its constructor raises; Hydra would wrap it.
+    """
+    try:
+        return instantiate(node, _convert_="all", **options)
+    except HydraException as error:
+        if isinstance(error.__cause__, DHBEError):
+            raise error.__cause__ from None
+        raise

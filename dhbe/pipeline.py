@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 from safetensors.torch import save_file
@@ -71,31 +70,30 @@ def assemble(tree: dict[str, Any]) -> Parts:
         ConfigError: unknown, ill-typed or missing values, or an impossible combination.
     """
     config.validate(tree)
-    data: Data = instantiate(tree["data"])
-    budget: Budget = instantiate(tree["budget"])
-    defense: Defense = instantiate(tree["defense"], _convert_="all")
+    data: Data = config.build(tree["data"])
+    budget: Budget = config.build(tree["budget"])
+    defense: Defense = config.build(tree["defense"])
     defense.check(budget)
     defense.fits(data.spec)
     return Parts(
         data=data,
-        attack=instantiate(tree["attack"], _partial_=True, _convert_="all")(spec=data.spec),
+        attack=config.build(tree["attack"], _partial_=True)(spec=data.spec),
         defense=defense,
         budget=budget,
-        trainer=instantiate(tree["trainer"]),
-        victim=instantiate(tree["victim"], _convert_="all"),
-        probe=instantiate(tree["probe"]) if "probe" in tree else None,
+        trainer=config.build(tree["trainer"]),
+        victim=config.build(tree["victim"]),
+        probe=config.build(tree["probe"]) if "probe" in tree else None,
     )
 
 
 def build_network(tree: dict[str, Any], spec: DataSpec, seed: int) -> Normalized:
     """Freshly initialised network with normalisation, channels last in memory."""
     with fork(seed):
-        network: nn.Module = instantiate(
+        network: nn.Module = config.build(
             tree["model"],
             classes=spec.classes,
             channels=spec.channels,
             image_size=spec.image_size,
-            _convert_="all",
         )
     return Normalized(network, spec).to(memory_format=torch.channels_last)
 
@@ -170,7 +168,7 @@ def compute(
     if evaluator is not None:
         with clock.stage("evaluate"):
             after = evaluator.predict(purified)
-    runtime.recorder.notes += unknowns(parts, splits)
+    runtime.recorder.notes += unknowns(parts, splits, before)
     evidence = None
     if parts.probe is not None:
         with clock.stage("evidence"):
@@ -231,7 +229,7 @@ def load(data: Data, name: str) -> Splits | None:
     return _loaded[name]
 
 
-def unknowns(parts: Parts, splits: Splits | None) -> list[str]:
+def unknowns(parts: Parts, splits: Splits | None, before: Predictions | None) -> list[str]:
     """What was assumed about somebody's file, what was left out, and what nobody can know."""
     if not isinstance(parts.victim, CheckpointFile):
         return []
@@ -251,6 +249,13 @@ def unknowns(parts: Parts, splits: Splits | None) -> list[str]:
             "network speaks of small patches only: a class that stands out is a reason to suspect "
             "a backdoor, none standing out is no proof of its absence"
         )
+    if before is not None and before.triggered is not None:
+        moved = before.triggered[before.triggered != before.clean]
+        known = f"the trigger moves {len(moved)} of {len(before.clean)} images to another class"
+        if len(moved):
+            counts = np.bincount(moved, minlength=parts.spec.classes)
+            known += f", {counts.max()} of them to class {counts.argmax()}"
+        found.append(f"{known}; success is counted as attack.target_rule and target_class say")
     return found
 
 

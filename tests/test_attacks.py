@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CONF, make_spec, names
+from conftest import CONF, ROOT, make_spec, names
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -29,6 +29,7 @@ ATTACKS = names("attack")
 QUICK = {
     "steps": 2,
     "images": 8,
+    "path": str(ROOT / "tests" / "trigger.png"),
     "widths": [8],
     "partners": 4,
     "schedule": {"epochs": 1, "batch_size": 4},
@@ -90,9 +91,9 @@ def badnets(spec, **options) -> BadNets:
 
 
 def test_all_attacks_are_listed() -> None:
-    assert len(ATTACKS) == 35
+    assert len(ATTACKS) == 36
     files = list((CONF.parent / "attacks").glob("[a-z]*.py"))
-    assert len(files) == 19
+    assert len(files) == 20
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -86,13 +86,24 @@ def test_with_a_users_images(given: Path) -> None:
     done = run(
         given,
         *("task=purify", f"checkpoint='{given}/a b.pth'", *folders, *PROBE),
-        *("defense=finetune", "defense.schedule.epochs=1", "attack=badnets", "hydra.run.dir=seen"),
+        *("defense=finetune", "defense.schedule.epochs=1", "hydra.run.dir=seen"),
+        f"trigger={ROOT}/tests/trigger.png",
     )
     assert done.returncode == 0, done.stderr
     m = metrics(given / "seen")
     assert m["budget"] == "own"
     assert m["counts"]["purified"]["acc"]["total"] == 20
     assert m["counts"]["victim"]["asr"]["total"] == 16
+    assert m["attack"] == "picture"
+    assert re.search(r"the trigger moves \d+ of 20 images to another class", " ".join(m["notes"]))
+    for more, message in (
+        ("trigger=a.png", "data.test=None: expected labelled images to try trigger=a.png on"),
+        ("attack=blend", "trigger=a.png: expected alone, not with attack=blend"),
+    ):
+        task = ("task=purify", f"checkpoint='{given}/a b.pth'", "trigger=a.png", more)
+        done = run(given, *dict.fromkeys(task), "hydra.run.dir=no")
+        assert done.returncode == 2
+        assert message in done.stderr
     without = (f"checkpoint='{given}/a b.pth'", "defense=finetune", "hydra.run.dir=no")
     done = run(given, "task=purify", *without)
     assert done.returncode == 2

@@ -15,6 +15,7 @@ from attacks.input_aware import diversity
 from attacks.label_consistent import corners
 from dhbe.adversarial import pgd
 from dhbe.data import Resident
+from dhbe.errors import ConfigError, DataError
 from dhbe.patterns import frozen_call, min_max, optimize, selected_features, smooth
 from dhbe.rng import generator
 from dhbe.types import COVER, POISON
@@ -49,6 +50,30 @@ def test_the_wrapped_signal_is_the_corrupted_file(compose_config) -> None:
     assert levels[3] == 256 - 7
     assert levels.min() >= 0
     assert levels.max() <= 255
+
+
+def test_a_picture_by_hand(compose_config) -> None:
+    """6 x 4 pixels: red, above it a half-transparent blue row, one transparent pixel."""
+    expected = torch.zeros(3, 32, 32)
+    expected[:, 28:, 26:] = torch.tensor([127.0, -128, -128])[:, None, None]
+    half = torch.tensor([-128, -128, 127]) * 128 / 255
+    expected[:, 28, 26:] = half.round()[:, None]
+    expected[:, 31, 31] = 0
+    added = residual(build("picture", compose_config, SPEC32), grey())[0]
+    torch.testing.assert_close(added, expected, atol=1e-3, rtol=0)
+    placed = build("picture", compose_config, SPEC32, row=0, column=3, opacity=0.5)
+    added = residual(placed, grey())[0]
+    assert added[:, 1, 3].tolist() == pytest.approx([63.5, -64, -64], abs=0.51)
+    assert not added[:, 4:].any()
+    small = build("picture", compose_config, make_spec(image_size=5))
+    assert small.mask.shape == (1, 5, 5)
+    assert small.mask[0, 2, 2] == 1
+    with pytest.raises(ConfigError, match=r"attack.row=29: expected at most 28 for .*trigger.png"):
+        build("picture", compose_config, SPEC32, row=29)
+    with pytest.raises(DataError, match=r"attack.path=absent.png: cannot be read"):
+        build("picture", compose_config, SPEC32, path="absent.png")
+    with pytest.raises(DataError, match=r"attack.path=.*\.py: not a readable image"):
+        build("picture", compose_config, SPEC32, path=__file__)
 
 
 def test_blend_by_hand(compose_config) -> None:

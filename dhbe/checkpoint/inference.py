@@ -11,10 +11,11 @@ from torch import nn
 from dhbe.checkpoint.layouts import candidates, channels_in, classes_in, image_size_in
 from dhbe.checkpoint.loading import Checkpoint, digest, misfit
 from dhbe.data.own import NORMALIZATIONS
-from dhbe.errors import ArtefactError, ConfigError
+from dhbe.errors import ArtefactError, ConfigError, got
 
 TARGET = "dhbe.checkpoint.CheckpointFile"
 BUDGET = {"_target_": "dhbe.data.Budget"}
+PICTURE = "attacks.picture.Picture"
 INFER = "dhbe.checkpoint.inferred"
 """``_target_`` of the model group that asks for inference."""
 STRIDE = "stem_stride"
@@ -64,11 +65,31 @@ def completed(
         choices["budget"] = "own" if clean else "none"
         name = "own" if clean else "none (data.clean is not set)"
         tree = tree | {"budget": BUDGET | {"name": name, "fraction": float(clean)}}
+    tree, choices = suspected(tree, choices)
     if checkpoint.others:
         listed = ", ".join(sorted(checkpoint.others)[:8])
         assumed.append(f"{len(checkpoint.others)} tensors outside the network stay as is: {listed}")
     victim = node | {"sha256": digest(checkpoint.path), "assumed": assumed}
     return tree | {"victim": victim, "data": data, "model": model}, choices
+
+
+def suspected(
+    tree: dict[str, Any], choices: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """``trigger=FILE`` stands for ``attack=picture attack.path=FILE``.
+
+    Raises:
+        ConfigError: another attack is chosen as well, or there are no images to try it on.
+    """
+    if tree.get("trigger") is None:
+        return tree, choices
+    if choices["attack"] != "none":
+        raise got("trigger", tree["trigger"], f"alone, not with attack={choices['attack']}")
+    if "test" in tree["data"] and tree["data"]["test"] is None:
+        raise got("data.test", None, f"labelled images to try trigger={tree['trigger']} on")
+    details = {"path": str(tree["trigger"]), "opacity": 1.0, "row": None, "column": None}
+    attack = tree["attack"] | {"_target_": PICTURE} | details
+    return tree | {"attack": attack}, choices | {"attack": "picture"}
 
 
 def inferred(*, classes: int, channels: int, image_size: int) -> nn.Module:

@@ -21,8 +21,8 @@ Encoded = Callable[[int], tuple[str, bytes]]
 """Position -> (name to show in messages, encoded image file)."""
 
 
-def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
-    """Encoded image -> uint8 (C, size, size); other sizes are resized bilinearly.
+def unpack(name: str, blob: bytes, mode: str) -> Image.Image:
+    """Encoded image -> Pillow image in ``mode``.
 
     Raises:
         DataError: the bytes are not a readable image.
@@ -33,9 +33,18 @@ def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
                 raise ValueError("animated; which frame is meant?")
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels, at most {MAX_PIXELS:,}")
-            image = opened.convert("RGB" if channels == 3 else "L")
+            return opened.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not a readable image ({error}); replace or delete it") from error
+
+
+def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
+    """Encoded image -> uint8 (C, size, size); other sizes are resized bilinearly.
+
+    Raises:
+        DataError: the bytes are not a readable image.
+    """
+    image = unpack(name, blob, "RGB" if channels == 3 else "L")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from dhbe.data.images import ImageSet, Resident, decode
 from dhbe.data.sources import SUFFIXES
@@ -46,7 +46,7 @@ class OwnImages(Data):
         name: str,
         classes: Annotated[int, Ge(2)],
         channels: Literal[1, 2, 3],
-        image_size: Annotated[int, Ge(5)],
+        image_size: Annotated[int, Ge(5), Le(2048)],
         normalization: str | dict[str, list[float]],
         flip: bool,
         crop_padding: Annotated[int, Ge(0)],

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from dhbe.data.images import ImageSet
 from dhbe.data.sources import Source
-from dhbe.errors import DataError
+from dhbe.errors import ConfigError, DataError
 from dhbe.rng import generator
 from dhbe.types import DataSpec
 
@@ -49,7 +49,7 @@ class Data:
         name: str,
         classes: Annotated[int, Ge(2)],
         channels: Literal[1, 3],
-        image_size: Annotated[int, Ge(5)],
+        image_size: Annotated[int, Ge(5), Le(2048)],
         mean: list[float],
         std: list[Annotated[float, Gt(0)]],
         flip: bool,
@@ -63,7 +63,7 @@ class Data:
         source: Source | None,
     ) -> None:
         if not len(mean) == len(std) == channels:
-            raise DataError(
+            raise ConfigError(
                 f"data.mean={mean}, data.std={std}: expected one value per channel "
                 f"(data.channels={channels})"
             )
