@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 
 from dhbe.data import Resident
 from dhbe.entry import register_resolvers
+from dhbe.models import Normalized
+from dhbe.models.resnet import SmallResNet
 from dhbe.runtime import Runtime, TrainerConfig
 from dhbe.types import DataSpec
 
@@ -102,3 +104,16 @@ def make_runtime(tmp_path: Path) -> Callable[..., Runtime]:
 needs_data = pytest.mark.skipif(
     "DHBE_DATA" not in os.environ, reason="set DHBE_DATA to the folder with the real data sets"
 )
+
+
+def small(seed: int = 0) -> Normalized:
+    """Network with every BatchNorm buffer away from its default."""
+    torch.manual_seed(seed)
+    spec = make_spec()
+    network = SmallResNet(
+        widths=[16, 24], blocks=1, stem_stride=2, classes=4, channels=3, image_size=16
+    )
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            value.add_(torch.rand(value.shape).mul(3).to(value.dtype))
+    return Normalized(network, spec).eval()

@@ -83,7 +83,7 @@ def suspected(
     """
     if tree.get("trigger") is None:
         return tree, choices
-    if choices["attack"] != "none":
+    if choices.get("attack", "none") != "none":
         raise got("trigger", tree["trigger"], f"alone, not with attack={choices['attack']}")
     if "test" in tree["data"] and tree["data"]["test"] is None:
         raise got("data.test", None, f"labelled images to try trigger={tree['trigger']} on")

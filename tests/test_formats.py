@@ -1,0 +1,246 @@
+"""Other people's files from end to end: recognised, purified, written back, the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import small
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.formats import Wrapped, prefixed, save_all
+from dhbe.checkpoint import CheckpointFile, completed
+from dhbe.config import plain
+from dhbe.models import Normalized
+from dhbe.pipeline import assemble, build_network, run
+
+PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=2")
+GAME = (
+    *("defense=dhbe_quick", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
+    *("defense.width=4", "defense.patch_width=4"),
+)
+
+
+class TheirBlock(nn.Module):
+    """Basic block of pytorch-cifar and BackdoorBox."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class TheirPreAct(nn.Module):
+    """Pre-activation block of BackdoorBench; ``wide`` names things as xternalz's Wide ResNet."""
+
+    def __init__(self, width_in: int, width: int, stride: int, wide: bool = False) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.skip = None
+        if stride != 1 or width_in != width:
+            conv = nn.Conv2d(width_in, width, 1, stride, bias=False)
+            self.skip = "convShortcut" if wide else "shortcut"
+            setattr(self, self.skip, conv if wide else nn.Sequential(conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        skipped = getattr(self, self.skip)(out) if self.skip else x
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + skipped
+
+
+class Theirs(nn.Module):
+    """ResNet-18 in the layouts of the field; four stages of two blocks."""
+
+    def __init__(self, block: Any, *, stem_norm: bool, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64) if stem_norm else None
+        for i, (a, b) in enumerate([(64, 64), (64, 128), (128, 256), (256, 512)]):
+            layer = nn.Sequential(block(a, b, 1 if i == 0 else 2), block(b, b, 1))
+            setattr(self, f"layer{i + 1}", layer)
+        self.linear = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = x if self.bn1 is None else F.relu(self.bn1(x))
+        for i in range(4):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return self.linear(x.mean((2, 3)))
+
+
+class TheirWide(nn.Module):
+    """WRN-16-1 of xternalz, NAD and ANP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        for i, (a, b) in enumerate([(16, 16), (16, 32), (32, 64)]):
+            stage = nn.Module()
+            stage.layer = nn.Sequential(
+                TheirPreAct(a, b, 1 if i == 0 else 2, True), TheirPreAct(b, b, 1, True)
+            )
+            setattr(self, f"block{i + 1}", stage)
+        self.bn1, self.fc = nn.BatchNorm2d(64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        for i in range(3):
+            x = getattr(self, f"block{i + 1}").layer(x)
+        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+
+def cifar_stem() -> nn.Module:
+    network = timm.create_model("resnet18", num_classes=10)
+    network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+    "BackdoorBox ResNet18": (lambda: Theirs(TheirBlock, stem_norm=True), "resnet18", 32),
+    "BackdoorBench PreAct": (lambda: Theirs(TheirPreAct, stem_norm=False), "preact_resnet18", 32),
+    "Wide ResNet": (TheirWide, "wrn_16_1", 32),
+    "timm resnet18": (cifar_stem, "resnet18", 32),
+    "torchvision mobilenet": (
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+        "torchvision",
+        32,
+    ),
+    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=10), "resnet18", 64),
+    "torchvision densenet": (
+        lambda: torchvision.models.densenet121(num_classes=10),
+        "torchvision",
+        32,
+    ),
+    "torchvision efficientnet": (
+        lambda: torchvision.models.efficientnet_b0(num_classes=10),
+        "torchvision",
+        32,
+    ),
+    "timm convnext": (lambda: timm.create_model("convnext_atto", num_classes=10), "timm", 32),
+    "timm vit": (
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=4
+        ),
+        "timm",
+        32,
+    ),
+}
+
+
+def purified(
+    compose_config, file: Path, folder: Path, *overrides: str, **choices: str
+) -> dict[str, Any]:
+    """``python run.py task=purify checkpoint=FILE``, in this process."""
+    cfg = compose_config("task=purify", f"checkpoint={file}", *PROBE, *overrides)
+    return run(cfg, folder, {"attack": "none", "data": "own", "defense": "given"} | choices)
+
+
+def read(compose_config, file: Path, *overrides: str) -> Normalized:
+    """The network that a file holds, as the pipeline reads it."""
+    cfg = compose_config("task=purify", f"checkpoint={file}", *overrides)
+    tree, _ = completed(plain(cfg), {})
+    parts = assemble(tree)
+    network = build_network(tree, parts.spec, 0)
+    parts.victim.load_into(network)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_their_networks_are_recognised_purified_and_load_back(
+    tmp_path: Path, compose_config, name: str
+) -> None:
+    """One step of a defense; then their code with the new file computes what ours does."""
+    make, label, size = FOREIGN[name]
+    torch.manual_seed(3)
+    theirs = make().eval()
+    with torch.no_grad():
+        for key, value in theirs.state_dict().items():
+            if "running" in key:
+                value.add_(torch.rand_like(value))
+    file = tmp_path / "theirs.pth"
+    torch.save({"state_dict": prefixed(theirs.state_dict(), "module.")}, file)
+    sizes = (f"data.image_size={size}", "data.normalization=half")
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        before, ours = theirs((x - 0.5) / 0.5), read(compose_config, file, *sizes)(x)
+    assert torch.allclose(ours, before, atol=1e-4 * float(before.abs().max()))
+
+    metrics = purified(compose_config, file, tmp_path / "out", *sizes, *GAME)
+    assert metrics["model"] == label
+    copy = torch.load(tmp_path / "out" / "theirs-purified.pth", weights_only=True)["state_dict"]
+    theirs.load_state_dict({k.removeprefix("module."): v for k, v in copy.items()}, strict=True)
+    again = read(compose_config, tmp_path / "out" / "purified.safetensors", *sizes)
+    with torch.no_grad():
+        after, ours = theirs((x - 0.5) / 0.5), again(x)
+    assert torch.allclose(ours, after, atol=1e-4 * float(after.abs().max()))
+    assert not torch.allclose(after, before, rtol=1e-3), "the defense changed something"
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore::UserWarning")
+def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> None:
+    """The same network in every file: same rates, same purified weights, strictly loadable."""
+    torch.manual_seed(1)
+    source = small(1)
+    for layer in source.modules():  # predictions shall differ between images
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    for label in range(4):
+        (tmp_path / "test" / str(label)).mkdir(parents=True)
+        for i in range(10):
+            colour = np.random.default_rng(10 * label + i).integers(0, 256, 3).tolist()
+            Image.new("RGB", (16, 16), tuple(colour)).save(tmp_path / f"test/{label}/{i}.png")
+    files = save_all(source.network, tmp_path, classes=4, image_size=16)
+    assert len(files) == 17
+    options = (
+        *("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
+        *("data.normalization=half", f"data.test={tmp_path}/test", "attack=badnets", "defense=clp"),
+        "defense.u=1.0",
+    )
+    found, weights = {}, {}
+    for name, file in files.items():
+        out = tmp_path / "out" / file.name
+        found[name] = purified(
+            compose_config, file, out, *options, attack="badnets", model="resnet_tiny"
+        )
+        weights[name] = load_file(out / "purified.safetensors")
+        written = next(out.glob("given*-purified.*"))
+        doubled = small(2)
+        CheckpointFile(path=str(written)).load_into(doubled)
+        for key, value in doubled.network.state_dict().items():
+            assert torch.equal(value, weights[name][f"network.{key}"]), (name, key)
+    by_lightning = tmp_path / "out" / files["written by Lightning itself"].name
+    copy = torch.load(next(by_lightning.glob("given*.ckpt")), weights_only=True)["state_dict"]
+    Wrapped(small(3).network, 4).load_state_dict(copy, strict=True)
+    first, *others = found.values()
+    assert first["victim"] != first["purified"]
+    for other in others:
+        for role in ("victim", "purified"):
+            assert other[role] == first[role]
+            assert other["counts"][role] == first["counts"][role]
+    first_weights, *other_weights = weights.values()
+    for other in other_weights:
+        assert all(torch.equal(other[k], v) for k, v in first_weights.items())
