@@ -23,7 +23,7 @@ from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.data import Budget, Data, DefenderData, OwnImages, Splits
 from dhbe.defense import Defense
-from dhbe.errors import ConfigError
+from dhbe.errors import ArtefactError, ConfigError
 from dhbe.evaluate import Evaluator
 from dhbe.evidence import Evidence, Probe
 from dhbe.metrics import Predictions
@@ -184,11 +184,25 @@ def compute(
     if not processes.first():
         return metrics
     report(logger, metrics, runtime.recorder.pictures)
-    if isinstance(parts.victim, CheckpointFile):
-        parts.victim.write_back(purified, work)
+    work = result.open()  # again: somebody may have deleted it
     store(work, tree, purified, evaluator, made, runtime, (before, after), evidence)
+    if isinstance(parts.victim, CheckpointFile):
+        write_back(parts.victim, purified, work)
     publish(result, work, metrics)
     return metrics
+
+
+def write_back(origin: CheckpointFile, purified: Normalized, work: Path) -> None:
+    """The purified weights as a file like the one that was given.
+
+    Raises:
+        ArtefactError: see ``CheckpointFile.write_back``; says where the weights are.
+    """
+    try:
+        origin.write_back(purified, work)
+    except ArtefactError as error:
+        kept = work / "purified.safetensors"
+        raise ArtefactError(f"{error} (the purified weights are in {kept})") from error
 
 
 def publish(result: ResultFolder, work: Path, metrics: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def left(plan: Plan, folders: list[Path], states: list[str]) -> timedelta | None
         return timedelta()
     if not fresh:
         return None
-    return timedelta(seconds=round((time.time() - plan.started) / fresh * todo))
+    return timedelta(seconds=round(max(0.0, time.time() - plan.started) / fresh * todo))
 
 
 def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:

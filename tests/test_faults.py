@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,20 +16,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_spec
+from conftest import ROOT, make_spec, small
 from PIL import Image
-from test_cli import TINY, run
+from test_cli import TINY, metrics, run
 
+from dhbe import pipeline
+from dhbe.checkpoint import CheckpointFile
 from dhbe.data import OwnImages, Resident
-from dhbe.errors import DataError
+from dhbe.errors import ArtefactError, DataError
 from dhbe.evaluate import Evaluator
 
 LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
+CHOICES = {"data": "tiny", "model": "resnet_tiny", "attack": "badnets", "defense": "clp"}
 
 
 def started(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *overrides, f"paths.victims={folder}/victims"],
+        [sys.executable, str(ROOT / "run.py"), f"paths.victims={folder}/victims", *overrides],
         cwd=folder,
         env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
@@ -34,15 +41,21 @@ def started(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
     )
 
 
+def in_training(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
+    """A run whose victim has finished its first epoch."""
+    process = started(folder, *LONG, *overrides, **options)
+    while process.poll() is None and not list(folder.glob("victims/.*.partial/last.ckpt")):
+        time.sleep(0.05)
+    return process
+
+
 def stop_in_training(folder: Path, number: signal.Signals) -> tuple[int, str]:
     """Send the signal when the first epoch of the victim is on disk."""
 
     def attentive() -> None:  # a background shell, as in CI, makes its children deaf to SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    process = started(folder, *LONG, preexec_fn=attentive)
-    while process.poll() is None and not list(folder.glob("victims/.*.partial/last.ckpt")):
-        time.sleep(0.05)
+    process = in_training(folder, preexec_fn=attentive)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     return process.returncode, said
@@ -83,6 +96,87 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path: Path)
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
     assert not [p for p in (tmp_path / "victims").glob("[!.]*")]
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "paths.victims"])
+def test_places_that_cannot_be_written_are_named(tmp_path: Path, key: str) -> None:
+    """/proc takes no folders, not even root's."""
+    places = {"hydra.run.dir": "out", "paths.victims": str(tmp_path)} | {key: "/proc/dhbe"}
+    done = started(tmp_path, *LONG[:-1], *(f"{k}={v}" for k, v in places.items()))
+    _, said = done.communicate(timeout=120)
+    assert done.returncode == 1, said
+    assert re.search(rf"error: .*/proc/dhbe.*({key}|cannot be written)", said)
+    assert "Traceback" not in said
+
+
+def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
+    """4 GB of data at most, and a batch that needs ten times that."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
+
+    large = ("model.widths=[512,512]", "victim.batch_size=6840", "data.limit=0")
+    process = started(tmp_path, *LONG[4:], *large, "trainer.threads=1", preexec_fn=limited)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    assert re.search(r"out of memory \(.*\); lower defense.batch_size or victim.batch_size", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_deleted_during_the_run_comes_back(tmp_path: Path) -> None:
+    process = in_training(tmp_path)
+    for folder in (".out.partial", "out", "victims"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert (tmp_path / "out" / "report.html").exists()
+    assert len(list((tmp_path / "victims").glob("[!.]*/victim.safetensors"))) == 1
+
+
+def test_two_processes_make_one_victim(tmp_path: Path) -> None:
+    first = in_training(tmp_path)
+    second = started(tmp_path, *LONG[:-2], "defense=none", "hydra.run.dir=second")
+    said = [p.communicate(timeout=200)[1] for p in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    rates = [metrics(tmp_path / f)["victim"] for f in ("out", "second")]
+    assert rates[0] == rates[1]
+    assert [metrics(tmp_path / f)["cached_victim"] for f in ("out", "second")] == [False, True]
+
+
+def test_a_clock_that_is_set_back_does_no_harm(tmp_path: Path, compose_config, monkeypatch) -> None:
+    """Every look at the calendar is an hour before the last; durations do not come from it."""
+    now = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    short = (*LONG[:3], "victim.epochs=1", "defense=clp")
+    found = pipeline.run(compose_config(*short), tmp_path / "out", CHOICES)
+    assert all(0 <= seconds < 100 for seconds in found["seconds"].values())
+    again = pipeline.run(compose_config(*short), tmp_path / "out", CHOICES)
+    assert again == json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_a_checkpoint_gone_at_the_end_costs_no_weights(
+    tmp_path: Path, compose_config, monkeypatch, change: str
+) -> None:
+    file = tmp_path / "given.pt"
+    torch.save(small(1).network.state_dict(), file)
+    options = ("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16")
+    task = ("task=purify", f"checkpoint={file}", *options, "defense=clp", "probe.steps=1")
+    store = pipeline.store
+
+    def interrupted(*args, **kwargs) -> None:
+        store(*args, **kwargs)
+        file.unlink()
+        if change == "replaced":
+            torch.save(small(2).network.state_dict(), file)
+
+    monkeypatch.setattr(pipeline, "store", interrupted)
+    with pytest.raises(ArtefactError, match=r"purified weights are in (\S+)\)") as error:
+        pipeline.run(compose_config(*task), tmp_path / "out", CHOICES)
+    assert ("no such file" if change == "deleted" else "changed during") in str(error.value)
+    kept = Path(re.search(r"weights are in (\S+)\)", str(error.value))[1])
+    CheckpointFile(path=str(kept)).load_into(small(3))
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluation_halves_its_batch_when_memory_runs_out() -> None:

@@ -213,9 +213,7 @@ class CheckpointFile:
             ArtefactError: a weight is missing, left over or of another shape, or the file has
                 changed since the run began.
         """
-        checkpoint = Checkpoint(self.path)
-        if self.sha256 and self.sha256 != digest(self.path):
-            raise ArtefactError(f"victim.path={self.path}: changed during the run; start again")
+        checkpoint = self.unchanged()
         keys = matched(checkpoint, network)
         own = network.network.state_dict()
         weights = {keys[k]: checkpoint.read(k) for k in checkpoint.places}
@@ -230,10 +228,26 @@ class CheckpointFile:
                 own_value.copy_(value)
         return checkpoint
 
+    def unchanged(self) -> Checkpoint:
+        """The file, opened.
+
+        Raises:
+            ArtefactError: it is not the one that the run began with.
+        """
+        checkpoint = Checkpoint(self.path)
+        if self.sha256 and self.sha256 != digest(self.path):
+            raise ArtefactError(f"victim.path={self.path}: changed during the run; start again")
+        return checkpoint
+
     @torch.no_grad()
     def write_back(self, network: Normalized, folder: Path) -> Path:
-        """The purified weights in the file's own format and key layout, under a new name."""
-        checkpoint = Checkpoint(self.path)
+        """The purified weights in the file's own format and key layout, under a new name.
+
+        Raises:
+            ArtefactError: the file has changed or vanished since the run began, or its number type
+                cannot hold a weight.
+        """
+        checkpoint = self.unchanged()
         own = network.network.state_dict()
         keys = matched(checkpoint, network)
         return checkpoint.write(folder, {k: own[new].cpu() for k, new in keys.items()})
