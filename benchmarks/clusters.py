@@ -227,9 +227,12 @@ def main() -> None:
     known = ("basic", "joblib", "submitit_local", "slurm", "ray", "preempt")
     parser.add_argument("launchers", nargs="+", choices=known)
     parser.add_argument("--cells", nargs="+", default=CELLS, help="overrides of another sweep")
+    parser.add_argument("--reference", type=Path, help="numbers of an earlier call; made if new")
     options = parser.parse_args()
     print(f"commit {commit()}, {os.cpu_count()} cores")
-    first: dict[str, Any] = {}
+    reference: Path | None = options.reference
+    known_numbers = reference is not None and reference.exists()
+    first: dict[str, Any] = json.loads(reference.read_text()) if known_numbers else {}
     wrong = False
     for launcher in options.launchers:
         with tempfile.TemporaryDirectory(prefix=f"{launcher}-") as folder:
@@ -241,7 +244,10 @@ def main() -> None:
             except Skipped as reason:
                 print(f"{launcher}: SKIPPED, {reason}")
                 continue
-        first = first or found
+        if not first:
+            first = found
+            if reference is not None:
+                reference.write_text(json.dumps(first))
         same = found == first
         print(f"{launcher}: numbers {'identical' if same else 'DIFFER'}", flush=True)
         wrong |= not (same and good)

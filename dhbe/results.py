@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def _peak_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+@cache
 def commit() -> str | None:
     """Commit of the checkout that this code runs from; None when installed or without git."""
     try:
@@ -83,6 +85,7 @@ def commit() -> str | None:
     return found.stdout.strip()
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python, this project and what the numbers depend on."""
     return {

@@ -46,11 +46,12 @@ def _show(axes: Any, pixels: np.ndarray) -> None:
 
 def _images(panel: Any, clean: np.ndarray, triggered: np.ndarray) -> None:
     panel.suptitle("test images, clean and triggered")
-    axes = panel.subplots(4, len(clean) // 2, squeeze=False)
     half = len(clean) // 2
-    for row, images in enumerate((clean[:half], triggered[:half], clean[half:], triggered[half:])):
-        for a, image in zip(axes[row], images, strict=False):
-            _show(a, image.transpose(1, 2, 0).squeeze())
+    rows = (clean[:half], triggered[:half], clean[half : 2 * half], triggered[half : 2 * half])
+    framed = np.pad(np.stack(rows), [(0, 0)] * 3 + [(0, 2)] * 2, constant_values=255)
+    # (rows, images, C, H, W) -> one picture: an axes for each image would take a tenth of a second
+    whole = framed.transpose(0, 3, 1, 4, 2).reshape(4 * framed.shape[3], half * framed.shape[4], -1)
+    _show(panel.subplots(), whole.squeeze())
 
 
 def _grids(panel: Any, files: list[Path]) -> None:
