@@ -41,6 +41,7 @@ class Blend(Attack):
     ) -> None:
         super().__init__(**options)
         self.alpha, self.kind, self.image_index = alpha, pattern, image_index
+        self.portable = pattern != "train_image"
         rng = generator(pattern_seed, "blend")
         drawn = torch.rand(self.spec.shape, generator=rng)
         if pattern == "cartoon":

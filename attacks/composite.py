@@ -29,8 +29,9 @@ class Composite(Attack):
     images are mixtures within one class and keep their label, so that mixing alone is no trigger.
 
     Args:
-        partners: training images per class that triggered images take their other half from; stored
-            with the victim, the same partner for the same image at every evaluation.
+        partners: training images per class that test images take their other half from; stored
+            with the victim, the same partner for the same image at every evaluation. In training
+            the other half comes from the batch.
         jitter: pixels of a 32-pixel image by which the cut moves at random in training.
         similarity: weight of the contrastive term: logits of equal labels attract, of different
             labels among a, b and target repel.
@@ -38,6 +39,7 @@ class Composite(Attack):
     """
 
     controls_training: ClassVar[bool] = True
+    portable = False
     partner_images: Tensor
     involved: Tensor
 
@@ -94,10 +96,14 @@ class Composite(Attack):
             return torch.randint(high, (n,), generator=rng, device=rng.device).to(device)
 
         side, cut = draw(4), size // 2 - self.jitter + draw(2 * self.jitter + 1)
-        mates = (y[:, None] == y).float().to(rng.device)
-        same = x[torch.multinomial(mates, 1, generator=rng).flatten().to(device)]
+        first, second = self.sources
+        wanted = torch.where(codes == POISON, first + second - y, y)  # the other class, or the own
+        mates = (wanted[:, None] == y).float().to(rng.device)
+        alone = (mates.sum(1) == 0).to(device)  # no such image in the batch: one that is stored
+        chosen = torch.multinomial(mates + 1e-12, 1, generator=rng).flatten().to(device)
+        stored = self.partner(y, draw(self.partners)).to(x.dtype)
+        other = torch.where(alone[:, None, None, None], stored, x[chosen])
         code = codes[:, None, None, None]
-        other = torch.where(code == POISON, self.partner(y, draw(self.partners)), same)
         mixed = halves(x, other, side, cut)
         return torch.where((code == POISON) | (code == COVER), mixed, x)
 

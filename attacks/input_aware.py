@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from dhbe.attack import Attack, Fraction, Poisoning
 from dhbe.data import ImageSet, TrainingBatches
+from dhbe.losses import diversity
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
 from dhbe.rng import fork
@@ -37,6 +38,7 @@ class InputAware(Attack):
     """
 
     controls_training: ClassVar[bool] = True
+    portable = False
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class InputAware(Attack):
             self.mask_network.train(), batches, self.mask_schedule, role="mask", loss=loss
         )
         own.fit(module, batches, epochs=self.mask_schedule.epochs)
-        self.mask_network.requires_grad_(False)
+        self.mask_network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> InputAware:
         """The mask network stays as stage 1 left it."""
@@ -147,12 +149,3 @@ class InputAware(Attack):
         ours = torch.cat([own[:pairs], other[:pairs]])
         theirs = torch.cat([p_own[:pairs], p_other[:pairs]])
         return loss + self.diversity_weight * diversity(ours, theirs, shift=pairs)
-
-
-def diversity(x: Tensor, made: Tensor, shift: int = 1) -> Tensor:
-    """Mean of |x_i - x_j| / |made_i - made_j| (root mean squares) over i and j = i + shift."""
-    apart_x, apart = (t - t.roll(shift, 0) for t in (x, made))
-    rms_x, rms = (
-        t.float().square().mean(dim=(1, 2, 3)).add(1e-12).sqrt() for t in (apart_x, apart)
-    )
-    return (rms_x / (rms + 1e-7)).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
-from dhbe.data import ImageSet, TrainingBatches
+from dhbe.attack import Attack, Poisoning, quantize
+from dhbe.data import ImageSet, TrainingBatches, to_float
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
 from dhbe.rng import fork, generator
@@ -21,6 +22,11 @@ from dhbe.types import Batch
 
 SECRET_SIDE = 32
 """Side of the secret's picture before it is enlarged to the image."""
+
+
+log = logging.getLogger(__name__)
+BITS_READ = 0.95
+"""Share of the bits that a decoder has to read for the encoder to count as trained."""
 
 
 class ISSBA(Attack):
@@ -40,6 +46,8 @@ class ISSBA(Attack):
     """
 
     secret: Tensor
+
+    portable = False
 
     def __init__(
         self,
@@ -97,6 +105,21 @@ class ISSBA(Attack):
         module = Supervised(both, batches, self.schedule, role="encoder", loss=loss)
         own.fit(module, batches, epochs=self.schedule.epochs)
         both.eval().requires_grad_(False)
+        self._check(to_float(part.subset(torch.arange(min(256, count))).resident().images), own)
+
+    @torch.no_grad()
+    def _check(self, x: Tensor, runtime: Runtime) -> None:
+        """Say how many bits can be read; the official code trains until it is 95 %."""
+        rng = runtime.rng("issba check")
+        bits = torch.rand((len(x), len(self.secret)), generator=rng).round()
+        x, sent = x.to(runtime.device, runtime.dtype), bits.to(runtime.device, runtime.dtype)
+        read = self.decoder(quantize(x + self.encoder(x, sent))) > 0
+        right = float((read == sent.bool()).float().mean())
+        log.log(
+            logging.WARNING if right < BITS_READ else logging.INFO,
+            "issba: the decoder reads %.1f %% of the bits",
+            100 * right,
+        )
 
     def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
         del y, index

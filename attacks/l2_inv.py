@@ -31,6 +31,7 @@ class L2Inv(Attack):
     """
 
     needs_surrogate: ClassVar[bool] = True
+    portable = False
     pattern: Tensor
 
     def __init__(

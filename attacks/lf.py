@@ -31,6 +31,7 @@ class LF(Attack):
     """
 
     needs_surrogate: ClassVar[bool] = True
+    portable = False
     pattern: Tensor
 
     def __init__(

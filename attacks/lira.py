@@ -36,6 +36,7 @@ class LIRA(Attack):
     """
 
     controls_training: ClassVar[bool] = True
+    portable = False
     frozen: Tensor
 
     def __init__(

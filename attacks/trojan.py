@@ -31,6 +31,7 @@ class Trojan(Attack):
     """
 
     needs_surrogate: ClassVar[bool] = True
+    portable = False
     pattern: Tensor
     mask: Tensor
 

@@ -42,6 +42,8 @@ def attacks():
         for file in sorted((CONF / "attack").glob("*.yaml")):
             if file.stem != "none" and not file.stem.endswith("_cpu"):
                 node = plain(compose("config", overrides=[f"attack={file.stem}"]))["attack"]
+                if file.stem == "picture":
+                    node["path"] = str(CONF.parent / "tests" / "trigger.png")
                 built = instantiate(node, _partial_=True, _convert_="all")(spec=SPEC)
                 yield file.stem, built.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class Attack(nn.Module, ABC):
     """The attacker trains the victim: each batch is composed anew instead of the set once."""
     needs_surrogate: ClassVar[bool] = False
     """``prepare`` gets a clean network: same data, architecture and schedule, no attack."""
+    portable: bool = True
+    """The options alone tell the trigger; else it is made together with a victim."""
     active: ClassVar[bool] = True
     """False for ``attack=none``: nothing to measure but clean accuracy."""
 
@@ -190,10 +193,13 @@ class Attack(nn.Module, ABC):
         index = codes.nonzero().flatten()
         images = train.resident().images.clone()
         rng = generator(seed, "stamp")
-        for part in index.split(512):
-            x, y, c = to_float(images[part]), train.labels[part], codes[part]
-            stamped = self.stamp(x, y=y, codes=c, index=part, rng=rng)
-            images[part] = stamped.mul(255).round().byte()
+        state = next(itertools.chain(self.buffers(), self.parameters()), labels)
+        for part in index.split(512):  # where the trigger is: patterns or networks
+            x, y, c, i = (
+                t.to(state.device) for t in (images[part], train.labels[part], codes[part], part)
+            )
+            stamped = self.stamp(to_float(x), y=y, codes=c, index=i, rng=rng)
+            images[part] = stamped.mul(255).round().byte().to(images.device)
         return Resident(images, labels)
 
     # ------------------------------------------------------------------ hooks of trained attacks

@@ -39,3 +39,16 @@ def total_variation_l2(
 def disagreement(a: Tensor, b: Tensor) -> Tensor:
     """Mean absolute difference of two sets of logits, over batch and classes."""
     return (a - b).abs().mean()
+
+
+def diversity(x: Tensor, made: Tensor, shift: int = 1) -> Tensor:
+    """Mean of |x_i - x_j| / |made_i - made_j| (root mean squares) over i and j = i + shift.
+
+    Small if different images (B, C, H, W) lead to different ``made`` (B, ...): input-aware attack,
+    section 3.3.
+    """
+    apart_x, apart = (t - t.roll(shift, 0) for t in (x, made))
+    rms_x, rms = (
+        t.float().square().mean(dim=(1, 2, 3)).add(1e-12).sqrt() for t in (apart_x, apart)
+    )
+    return (rms_x / (rms + 1e-7)).mean()

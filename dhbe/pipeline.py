@@ -21,9 +21,10 @@ from torch import nn
 from dhbe import config, processes, results, victim
 from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile, completed
+from dhbe.checkpoint.inference import TARGET as CHECKPOINT
 from dhbe.data import Budget, Data, DefenderData, OwnImages, Splits
 from dhbe.defense import Defense
-from dhbe.errors import ArtefactError, ConfigError
+from dhbe.errors import ArtefactError, ConfigError, got
 from dhbe.evaluate import Evaluator
 from dhbe.evidence import Evidence, Probe
 from dhbe.metrics import Predictions
@@ -75,9 +76,18 @@ def assemble(tree: dict[str, Any]) -> Parts:
     defense: Defense = config.build(tree["defense"])
     defense.check(budget)
     defense.fits(data.spec)
+    attack: Attack = config.build(tree["attack"], _partial_=True)(spec=data.spec)
+    if tree["victim"]["_target_"] == CHECKPOINT and attack.active and not attack.portable:
+        raise got(
+            "attack",
+            tree["attack"]["_target_"],
+            "an attack whose trigger its options tell; this one's is made together with a victim, "
+            "and a checkpoint does not bring it",
+            "trigger=PICTURE stands for a known trigger",
+        )
     return Parts(
         data=data,
-        attack=config.build(tree["attack"], _partial_=True)(spec=data.spec),
+        attack=attack,
         defense=defense,
         budget=budget,
         trainer=config.build(tree["trainer"]),

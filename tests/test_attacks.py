@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -204,6 +205,12 @@ def test_ideal_networks(name: str, compose_config, spec, images: Resident, make_
         assert found["asr"].value == asr
 
 
+def fixed(attack: Attack) -> dict[str, torch.Tensor]:
+    """State of the networks that are trained before the victim: masks, encoder, decoder."""
+    parts = ("mask_network.", "encoder.", "decoder.")
+    return {k: v.clone() for k, v in attack.state_dict().items() if k.startswith(parts)}
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_trains_and_is_stored(
     name: str, compose_config, spec, images: Resident, make_runtime, tmp_path
@@ -221,8 +228,12 @@ def test_every_attack_trains_and_is_stored(
         decay=0.1,
     )
     attack = build(name, compose_config, spec)
+    Evaluator(images, attack, device=torch.device("cpu"))  # as the pipeline does before training
     store, network = VictimStore(tmp_path / "victims"), tiny(spec)
     before = {k: p.clone() for k, p in attack.named_parameters()}
+    kept: dict[str, torch.Tensor] = {}
+    begin = attack.begin_epoch
+    attack.begin_epoch = lambda progress: (kept.update(fixed(attack)), begin(progress))
 
     def make(work):
         runtime = make_runtime(work="train")
@@ -235,6 +246,10 @@ def test_every_attack_trains_and_is_stored(
         for key, p in attack.named_parameters():
             if id(p) in learned and p.ndim > 1:
                 assert not torch.equal(p, before[key]), key
+        counters = [b for k, b in player.network.named_buffers() if "num_batches" in k]
+        steps = math.ceil(len(images) / schedule.batch_size)
+        assert all(c > 0 and c % steps == 0 for c in counters), "in train mode in every step"
+    assert all(torch.equal(v, kept[k]) for k, v in fixed(attack).items()), "made before, then fixed"
     twin = build(name, compose_config, spec)
     again = store.obtain({"name": name}, tiny(spec), twin, make)
     assert again.cached
