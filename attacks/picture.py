@@ -13,8 +13,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from typing_extensions import Unpack
 
 from dhbe.attack import Attack, Fraction, Poisoning
-from dhbe.data.images import unpack
-from dhbe.errors import DataError, got
+from dhbe.data.images import image_bytes, unpack
+from dhbe.errors import got
 
 Place = Annotated[int, Ge(0)] | None
 
@@ -47,7 +47,7 @@ class Picture(Attack):
     ) -> None:
         super().__init__(**options)
         canvas = self.spec.image_size
-        picture = read(path)
+        picture = unpack(f"attack.path={path}", image_bytes(Path(path)), "RGBA")
         if max(picture.size) > canvas:
             picture = picture.resize((canvas, canvas), Image.Resampling.BILINEAR)
         size = {"row": picture.height, "column": picture.width}
@@ -67,12 +67,3 @@ class Picture(Attack):
     def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
         del y, index
         return (1 - self.mask) * x + self.mask * self.pattern
-
-
-def read(path: str) -> Image.Image:
-    """The picture, with transparency."""
-    try:
-        blob = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"attack.path={path}: cannot be read ({error.strerror})") from error
-    return unpack(f"attack.path={path}", blob, "RGBA")

@@ -64,17 +64,30 @@ def lightning(weights: Weights, *, classes: int, image_size: int) -> dict[str, A
     }
 
 
-def backdoorbench(weights: Weights, *, classes: int, image_size: int) -> dict[str, Any]:
-    """As ``save_attack_result`` of BackdoorBench writes it."""
+def backdoorbench(
+    weights: Weights, *, classes: int, image_size: int, images: int = 20
+) -> dict[str, Any]:
+    """As ``save_attack_result`` of BackdoorBench writes it.
+
+    Args:
+        images: poisoned ones, each of which it lists (10,000 for a tenth of Tiny-ImageNet).
+    """
     poisoned = {
         "bd_data_container": {
             "save_folder_path": "record/badnet/bd_train_dataset",
-            "data_dict": {i: {"path": f"{i}.png", "other_info": (3, i, 1, 0)} for i in range(20)},
+            "data_dict": {
+                np.int64(i): {
+                    "path": f"record/badnet/bd_train_dataset/3/{i}.png",
+                    "other_info": [0, np.int64(3)],
+                }
+                for i in range(images)
+            },
+            "save_file_format": ".png",
         },
         "getitem_all": True,
         "getitem_all_switch": False,
-        "original_index_array": np.arange(50),
-        "poison_indicator": np.array([0, 1] * 25),
+        "original_index_array": np.arange(5 * images),
+        "poison_indicator": np.arange(5 * images) % 5 == 0,
         "save_folder_path": None,
     }
     return {
@@ -123,6 +136,16 @@ WRAPPINGS: dict[str, Callable[..., Any]] = {
     "compiled": lambda w, **_: prefixed(w, "_orig_mod."),
     "Lightning, with a loss that has weights": lightning,
     "BackdoorBench attack_result.pt": backdoorbench,
+    "BackdoorBench before its image folders": lambda w, classes, image_size: {
+        "model_name": "resnet_small",
+        "num_classes": classes,
+        "model": w,
+        "data_path": "../data",
+        "img_size": (image_size, image_size, 3),
+        "clean_data": "cifar10",
+        "bd_train": {"x": torch.zeros(4, 3, 8, 8), "y": torch.zeros(4, dtype=torch.long)},
+        "bd_test": {"x": None, "y": None, "original_index": [3, 1]},
+    },
     "timm, with averaged weights": timm_script,
     "parameters": lambda w, **_: {k: nn.Parameter(v, requires_grad=False) for k, v in w.items()},
     "views of one storage": lambda w, **_: one_storage(w),

@@ -24,18 +24,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from formats import WRAPPINGS
 from hostile import FILES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dhbe.api import composed
-from dhbe.checkpoint import Checkpoint
+from dhbe.checkpoint import Checkpoint, completed
+from dhbe.checkpoint.inference import INFER, TARGET
 from dhbe.data.images import decode
 from dhbe.data.sources import Parquet
 from dhbe.errors import DHBEError
+from dhbe.models.resnet import SmallResNet
 from dhbe.pipeline import assemble
 
+OPEN = {"normalization": None, "classes": None, "channels": 3, "image_size": None, "clean": None}
+"""What a file is asked for."""
 SLOW = 2.0
 """CPU seconds that make an input a finding."""
 
@@ -73,8 +78,16 @@ def checkpoint_seeds() -> list[bytes]:
         seeds.append(buffer.getvalue())
     from safetensors.torch import save
 
-    seeds.append(save(weights, {"format": "pt"}))
-    large = re.compile(r"\d,000|million|bomb|sparse|collide|overlapping")
+    seeds.append(save(weights, {"format": "pt", "num_classes": "2", "mean": "[0.5]"}))
+    network = SmallResNet(
+        widths=[4, 4], blocks=1, stem_stride=1, classes=2, channels=3, image_size=16
+    )
+    sizes = {"classes": 2, "image_size": 16}
+    for wrap in WRAPPINGS.values():  # with containers, arrays and states of objects beside them
+        buffer = io.BytesIO()
+        torch.save(wrap(network.state_dict(), **sizes), buffer)
+        seeds.append(buffer.getvalue())
+    large = re.compile(r"\d,000|million|bomb|sparse|collide|overlapping|four|500 stages|100 MB|byte order of|folder of a program|40,000")
     with tempfile.TemporaryDirectory() as folder:
         for i, (description, make) in enumerate(FILES.items()):
             if large.search(description):
@@ -105,12 +118,14 @@ def table_seed() -> bytes:
 
 
 def read_checkpoint(folder: Path, raw: bytes) -> None:
-    """Target: open the file and read every tensor."""
+    """Target: open the file, read every tensor, look for its network."""
     file = folder / "given.pt"
     file.write_bytes(raw)
     checkpoint = Checkpoint(file)
     for key in checkpoint.places:
         checkpoint.read(key)
+    victim = {"_target_": TARGET, "path": str(file)}
+    completed({"victim": victim, "model": {"_target_": INFER}, "data": OPEN}, {})
 
 
 def read_image(folder: Path, raw: bytes) -> None:

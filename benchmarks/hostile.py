@@ -99,6 +99,36 @@ def tensor_pickle(shape: str, stride: str, offset: int = 0, numel: int = 108) ->
     )
 
 
+class Special:
+    """Its state names special attributes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"__class__": 1}
+
+
+SPECIAL = f"{Special.__module__}\nSpecial".encode()
+
+
+def doubled(kind: type, times: int) -> Any:
+    """A container that holds one container twice, and so on."""
+    made: Any = kind()
+    for _ in range(times):
+        made = {"a": made, "b": made} if kind is dict else (made, made)
+    return made
+
+
+def claimed(path: Path, names: list[str]) -> None:
+    """A safetensors file with a tiny tensor under each name."""
+    header = {n: entry([1, 1, 1, 1], 4 * i, 4 * i + 4) for i, n in enumerate(names)}
+    safetensors(path, header, bytes(4 * len(names)))
+
+
+def packed_in(path: Path, name: str) -> None:
+    """Add 100 MB of zeros, compressed."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as target:
+        target.writestr(name, bytes(100_000_000))
+
+
 def ints(*values: int) -> str:
     """Integers in the text protocol."""
     return "".join(f"I{v}\n" for v in values)
@@ -130,8 +160,74 @@ hostile("a whole pickled module")(lambda p: torch.save(torch.nn.Linear(2, 2), p)
 hostile("persistent id that is not a storage")(lambda p: with_pickle(p, b"X\x01\x00\x00\x00aQ."))
 hostile("extension registry opcode")(lambda p: with_pickle(p, b"\x82\x01."))
 
+hostile("dictionary of a harmless module")(
+    lambda p: with_pickle(p, b"ctorch.jit._pickle\n__dict__\n.")
+)
+hostile("attributes set through the state of an object")(
+    lambda p: with_pickle(p, b"cargparse\nNamespace\n(tR(N}X\x01\x00\x00\x00aI1\nstb.")
+)
+hostile("attributes of a class set")(
+    lambda p: with_pickle(p, b"cargparse\nNamespace\n}X\x01\x00\x00\x00aI1\nsb.")
+)
+hostile("special attributes set")(
+    lambda p: with_pickle(
+        p, pickle.dumps(Special(), protocol=2).replace(SPECIAL, b"argparse\nNamespace")
+    )
+)
+
 # ---------------------------------------------------------------- size
 
+hostile("bytes of 1 TB on call")(
+    lambda p: with_pickle(p, b"c__builtin__\nbytes\n(I1000000000000\ntR.")
+)
+hostile("storage of 1 TB on call")(
+    lambda p: with_pickle(p, b"ctorch\nFloatStorage\n(I1000000000000\ntR.")
+)
+hostile("array of 1 TB on call")(
+    lambda p: with_pickle(
+        p,
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I1000000000000\nt"
+        b"X\x01\x00\x00\x00btR.",
+    )
+)
+hostile("text in the encoding of a decompressor")(
+    lambda p: with_pickle(p, b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlibtR.")
+)
+hostile("dicts that hold each other 2^60 times")(
+    lambda p: with_pickle(p, pickle.dumps({"model": doubled(dict, 60)}, protocol=2))
+)
+hostile("tuples that hold each other 2^60 times, as a storage's name")(
+    lambda p: with_pickle(
+        p,
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        + pickle.dumps(doubled(tuple, 60), protocol=2)[2:-1]
+        + b"X\x03\x00\x00\x00cpuI4\ntQ.",
+    )
+)
+hostile("500 stages and 500 blocks of a ResNet")(
+    lambda p: claimed(
+        p,
+        ["stem.0.weight"]
+        + [f"stages.{i}.0.conv1.weight" for i in range(500)]
+        + [f"stages.0.{i}.conv1.weight" for i in range(1, 500)],
+    )
+)
+hostile("20,000 blocks in odd order")(
+    lambda p: claimed(p, [f"layer1.{i * 7919 % 19000}.bn1.weight" for i in range(19_000)])
+)
+hostile("a name of 40,000 letters")(lambda p: claimed(p, ["1." * 20_000 + "weight"]))
+hostile("a layer with a number of 5,000 digits")(
+    lambda p: claimed(p, [f"layer{'9' * 250}.1.bn1.weight", "layer1.1.bn1.weight"])
+)
+hostile("byte order of 50 MB")(
+    lambda p: rezipped(p, lambda n, raw: b" " * 50_000_000 if n.endswith("byteorder") else raw)
+)
+hostile("zip bomb in the folder of a program")(
+    lambda p: (rezipped(p, lambda _, raw: raw), packed_in(p, "other/code/x.py"))
+)
+hostile("a tensor that overlaps itself")(
+    lambda p: with_pickle(p, tensor_pickle(ints(10, 10), ints(1, 1)))
+)
 hostile("safetensors header of 1 TB")(lambda p: safetensors(p, b"{" + b" " * 64, length=1 << 40))
 hostile("safetensors header longer than the file")(
     lambda p: safetensors(p, b'{"a":1}', length=1 << 20)
@@ -201,7 +297,7 @@ def _(path: Path) -> None:
         file.truncate(5 << 30)
 
 
-hostile("two million pickle opcodes")(lambda p: with_pickle(p, b"N0" * 1_000_000 + b"}."))
+hostile("four million pickle opcodes")(lambda p: with_pickle(p, b"N0" * 2_000_000 + b"}."))
 hostile("safetensors with 300,000 tensors")(
     lambda p: safetensors(p, {f"t{i}": entry([0], 0, 0) for i in range(300_000)})
 )
@@ -328,8 +424,11 @@ hostile("an HTML error page (interrupted download)")(
 PROBE = """
 import json, resource, sys, time
 from pathlib import Path
-from dhbe.checkpoint import Checkpoint
-from dhbe.errors import ArtefactError
+from dhbe.checkpoint import Checkpoint, completed
+from dhbe.checkpoint.inference import INFER, TARGET
+from dhbe.errors import DHBEError
+
+OPEN = dict(classes=10, channels=3, image_size=32, normalization=None, clean=None, test=None)
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -344,8 +443,10 @@ for name in json.loads(sys.argv[1]):
         checkpoint = Checkpoint(Path(name))
         for key in checkpoint.places:
             checkpoint.read(key)
+        completed({"victim": {"_target_": TARGET, "path": name}, "model": {"_target_": INFER},
+                   "data": OPEN}, {})
         said = None
-    except ArtefactError as error:
+    except DHBEError as error:
         said = str(error)
     seconds = time.process_time() - start
     print(json.dumps([name, said, seconds, (status("VmHWM") - before) / 2**20]), flush=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -157,15 +157,30 @@ def validate(tree: dict[str, Any], groups: Iterable[str] = GROUPS) -> None:
         raise ConfigError("\n".join(sorted(found)))
 
 
-def build(node: dict[str, Any], **options: Any) -> Any:
-    """The object that a validated config node names, its lists and dicts plain.
+def build(node: dict[str, Any], **supplied: Any) -> Any:
+    """The object that a validated config node names, with those below it.
+
+    Hydra's ``instantiate`` would look for ``${...}`` in every text once more; by now the config is
+    resolved, and some of its texts come from other people's files.
+
+    Args:
+        supplied: arguments that no config holds.
 
     Raises:
-        DHBEError: what its constructor raises; Hydra would wrap it.
+        ConfigError: the constructor refuses its arguments.
     """
+    given = {k: _built(v) for k, v in node.items() if k != TARGET}
     try:
-        return instantiate(node, _convert_="all", **options)
-    except HydraException as error:
-        if isinstance(error.__cause__, DHBEError):
-            raise error.__cause__ from None
+        return get_object(node[TARGET])(**given, **supplied)
+    except (DHBEError, MemoryError, OSError):
         raise
+    except Exception as error:
+        if "OutOfMemory" in type(error).__name__:
+            raise
+        raise ConfigError(f"{node[TARGET]}: {error}") from error
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, dict):
+        return build(value) if TARGET in value else {k: _built(v) for k, v in value.items()}
+    return [_built(v) for v in value] if isinstance(value, list) else value

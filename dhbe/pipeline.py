@@ -76,7 +76,7 @@ def assemble(tree: dict[str, Any]) -> Parts:
     defense: Defense = config.build(tree["defense"])
     defense.check(budget)
     defense.fits(data.spec)
-    attack: Attack = config.build(tree["attack"], _partial_=True)(spec=data.spec)
+    attack: Attack = config.build(tree["attack"], spec=data.spec)
     if tree["victim"]["_target_"] == CHECKPOINT and attack.active and not attack.portable:
         raise got(
             "attack",
@@ -148,7 +148,8 @@ def compute(
     seed, device = tree["seed"], parts.trainer.device
     if parts.trainer.threads:
         torch.set_num_threads(parts.trainer.threads)
-    work = result.open()
+    cell = config.cell(tree)
+    work = result.open(cell)
     clock = Clock(device)
     splits = load(parts.data, config.fingerprint(tree["data"]))
 
@@ -175,6 +176,8 @@ def compute(
     with clock.stage("defense"):
         data = grant(parts, splits, made, seed, evaluator)
         purified = parts.defense(suspect, data, runtime)
+    if processes.first():  # before anything else can go wrong
+        save_weights(result.open(cell), tree, parts, purified)
     if evaluator is not None:
         with clock.stage("evaluate"):
             after = evaluator.predict(purified)
@@ -194,25 +197,29 @@ def compute(
     if not processes.first():
         return metrics
     report(logger, metrics, runtime.recorder.pictures)
-    work = result.open()  # again: somebody may have deleted it
-    store(work, tree, purified, evaluator, made, runtime, (before, after), evidence)
-    if isinstance(parts.victim, CheckpointFile):
-        write_back(parts.victim, purified, work)
+    work = result.open(cell)  # again: somebody may have deleted it
+    store(work, tree, evaluator, made, runtime, (before, after), evidence)
     publish(result, work, metrics)
     return metrics
 
 
-def write_back(origin: CheckpointFile, purified: Normalized, work: Path) -> None:
-    """The purified weights as a file like the one that was given.
+def save_weights(work: Path, tree: dict[str, Any], parts: Parts, purified: Normalized) -> None:
+    """``purified.safetensors``, with what shapes do not tell, and a file like the one given.
 
     Raises:
         ArtefactError: see ``CheckpointFile.write_back``; says where the weights are.
     """
-    try:
-        origin.write_back(purified, work)
-    except ArtefactError as error:
-        kept = work / "purified.safetensors"
-        raise ArtefactError(f"{error} (the purified weights are in {kept})") from error
+    weights = {k: v.cpu().contiguous() for k, v in purified.state_dict().items()}
+    about = {"data": tree["data"]["name"], "image_size": str(purified.spec.image_size)}
+    if "stem_stride" in tree["model"]:
+        about["stem_stride"] = str(tree["model"]["stem_stride"])
+    kept = work / "purified.safetensors"
+    save_file(weights, kept, metadata=about)
+    if isinstance(parts.victim, CheckpointFile):
+        try:
+            parts.victim.write_back(purified, work)
+        except ArtefactError as error:
+            raise ArtefactError(f"{error} (the purified weights are in {kept})") from error
 
 
 def publish(result: ResultFolder, work: Path, metrics: dict[str, Any]) -> None:
@@ -272,6 +279,11 @@ def unknowns(parts: Parts, splits: Splits | None, before: Predictions | None) ->
             "without the trigger no attack success rate can be measured. The reach of the trigger "
             "network speaks of small patches only: a class that stands out is a reason to suspect "
             "a backdoor, none standing out is no proof of its absence"
+        )
+    if parts.probe is not None and parts.spec.classes > parts.probe.images:
+        found.append(
+            f"the evidence is about images of the first {parts.probe.images} of "
+            f"{parts.spec.classes} classes; probe.images={parts.spec.classes} shows all"
         )
     if before is not None and before.triggered is not None:
         moved = before.triggered[before.triggered != before.clean]
@@ -404,20 +416,14 @@ def describe(
 def store(
     work: Path,
     tree: dict[str, Any],
-    purified: Normalized,
     evaluator: Evaluator | None,
     made: victim.Victim,
     runtime: Runtime,
     predictions: tuple[Predictions | None, Predictions | None],
     evidence: Evidence | None,
 ) -> None:
-    """Everything but metrics and page: config, weights, predictions, curves, pictures."""
+    """Everything but weights, metrics and page: config, predictions, curves, pictures."""
     (work / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    weights = {k: v.cpu().contiguous() for k, v in purified.state_dict().items()}
-    about = {"data": tree["data"]["name"]}
-    if "stem_stride" in tree["model"]:  # shapes do not tell it
-        about["stem_stride"] = str(tree["model"]["stem_stride"])
-    save_file(weights, work / "purified.safetensors", metadata=about)
     arrays: dict[str, Any] = {}
     if evaluator is not None:
         arrays |= vars(evaluator.truth)
@@ -440,6 +446,7 @@ def store(
     for name, images in runtime.recorder.pictures.items():
         results.save_grid(images, pictures_dir / f"{name}.png")
     shutil.rmtree(work / "training", ignore_errors=True)
+    (work / results.CELL).unlink()
 
 
 def reuse(result: ResultFolder, tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import shutil
@@ -26,6 +27,8 @@ from dhbe.processes import first
 
 METRICS = "metrics.json"
 """Its presence means that a folder is complete."""
+CELL = "cell"
+"""In an unfinished folder: whose it is."""
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy")
 
 
@@ -148,14 +151,18 @@ class ResultFolder:
             )
         return found
 
-    def open(self) -> Path:
-        """Make the working folder; one left by a killed run is continued.
+    def open(self, cell: str) -> Path:
+        """Make the working folder; one left by a killed run of the same cell is continued.
 
         Raises:
             DHBEError: it cannot be written.
         """
+        mark = self.partial / CELL
         try:
+            if self.partial.exists() and (not mark.exists() or mark.read_text() != cell):
+                shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
+            mark.write_text(cell)
         except OSError as error:
             raise DHBEError(f"hydra.run.dir={self.path}: cannot be written ({error})") from error
         return self.partial
@@ -194,8 +201,17 @@ class ResultFolder:
 
 
 def dump(metrics: dict[str, Any]) -> str:
-    """Strict JSON."""
-    return json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    """Strict JSON; what is not finite becomes null."""
+    return json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The value with None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_grid(images: np.ndarray, file: Path, *, columns: int = 8, scale: int = 2) -> None:
@@ -205,7 +221,7 @@ def save_grid(images: np.ndarray, file: Path, *, columns: int = 8, scale: int = 
     grid = np.full((rows * (h + 1), min(n, columns) * (w + 1), 3), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * (h + 1), i % columns * (w + 1)
-        pixels = image.transpose(1, 2, 0)
+        pixels = image.transpose(1, 2, 0) if c != 2 else image[[0, 1, 1]].transpose(1, 2, 0)
         grid[top : top + h, left : left + w] = np.repeat(pixels, 3, 2) if c == 1 else pixels
     big = Image.fromarray(grid)
     big.resize((big.width * scale, big.height * scale), Image.Resampling.NEAREST).save(file)

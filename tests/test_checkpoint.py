@@ -166,6 +166,58 @@ def test_misfits_are_listed(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    weights = small(1).network.state_dict()
+    weights["head.weight"] = weights["head.weight"].to(torch.int8)
+    torch.save(weights, tmp_path / "given.pt")
+    with pytest.raises(ArtefactError, match=r"head.weight is made of torch.int8"):
+        CheckpointFile(path=str(tmp_path / "given.pt")).load_into(small(2))
+
+
+def test_weights_that_shared_their_place_are_not_mixed_up(tmp_path: Path) -> None:
+    weights = small(1).network.state_dict()
+    twin = next(k for k in weights if k.endswith("0.bn2.weight"))
+    weights[twin] = weights[twin.replace("bn2", "bn1")]
+    torch.save(weights, tmp_path / "given.pt")
+    network = small(2)
+    checkpoint = CheckpointFile(path=str(tmp_path / "given.pt"))
+    checkpoint.load_into(network)
+    (tmp_path / "out").mkdir()
+    checkpoint.write_back(network, tmp_path / "out")
+    with torch.no_grad():
+        network.network.state_dict()[twin].add_(1)
+    with pytest.raises(ArtefactError, match="shares its place in the file with another"):
+        checkpoint.write_back(network, tmp_path / "out")
+
+
+def test_texts_of_a_file_are_never_evaluated(tmp_path: Path, compose_config, monkeypatch) -> None:
+    """Names of tensors end up in the config's notes; as interpolations they could read secrets."""
+    from dhbe.config import plain
+    from dhbe.pipeline import assemble
+
+    monkeypatch.setenv("SECRET", "key-0123")
+    evil = ("${oc.env:SECRET}", "${package_data:this}", "${", "\x1b[2J")
+    weights = {f"module.{k}": v for k, v in small(1).network.state_dict().items()}
+    torch.save(weights | {name: torch.ones(1) for name in evil}, tmp_path / "given.pt")
+    cfg = compose_config(
+        *("task=purify", f"checkpoint={tmp_path}/given.pt", "model=resnet_tiny"),
+        *("model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
+    )
+    tree, _ = completed(plain(cfg), {})
+    said = " ".join(assemble(tree).victim.assumed)
+    assert "${oc.env:SECRET}" in said
+    assert "key-0123" not in said
+    assert "\x1b" not in said
+
+
+def test_names_that_mean_one_weight_are_not_chosen_from(tmp_path: Path) -> None:
+    weights = small(1).network.state_dict()
+    theirs = {k.replace("head.", "linear."): v for k, v in weights.items()}
+    torch.save(theirs | {"fc.weight": weights["head.weight"]}, tmp_path / "given.pt")
+    with pytest.raises(ArtefactError, match="do not fit"):
+        CheckpointFile(path=str(tmp_path / "given.pt")).load_into(small(2))
+
+
 def test_tensors_outside_the_network_are_listed(tmp_path: Path) -> None:
     torch.save(
         lightning(small(1).network.state_dict(), classes=4, image_size=16), tmp_path / "last.ckpt"

@@ -162,15 +162,15 @@ def test_a_checkpoint_gone_at_the_end_costs_no_weights(
     torch.save(small(1).network.state_dict(), file)
     options = ("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16")
     task = ("task=purify", f"checkpoint={file}", *options, "defense=clp", "probe.steps=1")
-    store = pipeline.store
+    save_file = pipeline.save_file
 
     def interrupted(*args, **kwargs) -> None:
-        store(*args, **kwargs)
+        save_file(*args, **kwargs)
         file.unlink()
         if change == "replaced":
             torch.save(small(2).network.state_dict(), file)
 
-    monkeypatch.setattr(pipeline, "store", interrupted)
+    monkeypatch.setattr(pipeline, "save_file", interrupted)
     with pytest.raises(ArtefactError, match=r"purified weights are in (\S+)\)") as error:
         pipeline.run(compose_config(*task), tmp_path / "out", CHOICES)
     assert ("no such file" if change == "deleted" else "changed during") in str(error.value)
@@ -238,6 +238,8 @@ BAD = {
     "animated": (animate, "animated; which frame is meant"),
     "bomb": (bomb, "not a readable image"),
     "empty": (lambda f: f.write_bytes(b""), "not a readable image"),
+    "a program": (lambda f: Image.new("RGB", (8, 8)).save(f, "EPS"), "not a readable image"),
+    "sparse": (lambda f: os.truncate(f, 2**40), "more than .* bytes"),
     "text": (lambda f: f.write_text("no image"), "not a readable image"),
 }
 
@@ -246,6 +248,7 @@ BAD = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images_are_named_and_skipped_only_when_asked(folder: Path, kind: str) -> None:
     make, message = BAD[kind]
+    (folder / "2" / "bad.png").touch()
     make(folder / "2" / "bad.png")
     with pytest.raises(DataError, match=rf"bad.png: .*{message}.*data.skip_unreadable=true"):
         own(folder).load()

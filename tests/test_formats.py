@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.formats import Wrapped, prefixed, save_all
+from benchmarks.formats import Wrapped, backdoorbench, prefixed, save_all
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.config import plain
 from dhbe.models import Normalized
@@ -182,7 +182,13 @@ def test_their_networks_are_recognised_purified_and_load_back(
             if "running" in key:
                 value.add_(torch.rand_like(value))
     file = tmp_path / "theirs.pth"
-    torch.save({"state_dict": prefixed(theirs.state_dict(), "module.")}, file)
+    prefix = "" if name.startswith("BackdoorB") else "module."
+    weights = prefixed(theirs.state_dict(), prefix)
+    if name.startswith("BackdoorBench"):
+        content = backdoorbench(weights, classes=10, image_size=size, images=10_000)
+        torch.save(content | {"model_name": "preactresnet18"}, file)
+    else:
+        torch.save({"state_dict": weights} if prefix else weights, file)
     sizes = (f"data.image_size={size}", "data.normalization=half")
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
@@ -191,8 +197,9 @@ def test_their_networks_are_recognised_purified_and_load_back(
 
     metrics = purified(compose_config, file, tmp_path / "out", *sizes, *GAME)
     assert metrics["model"] == label
-    copy = torch.load(tmp_path / "out" / "theirs-purified.pth", weights_only=True)["state_dict"]
-    theirs.load_state_dict({k.removeprefix("module."): v for k, v in copy.items()}, strict=True)
+    copy = torch.load(tmp_path / "out" / "theirs-purified.pth", weights_only=False)  # our own
+    copy = copy.get("model", copy.get("state_dict", copy))
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in copy.items()}, strict=True)
     again = read(compose_config, tmp_path / "out" / "purified.safetensors", *sizes)
     with torch.no_grad():
         after, ours = theirs((x - 0.5) / 0.5), again(x)
@@ -214,7 +221,7 @@ def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> N
             colour = np.random.default_rng(10 * label + i).integers(0, 256, 3).tolist()
             Image.new("RGB", (16, 16), tuple(colour)).save(tmp_path / f"test/{label}/{i}.png")
     files = save_all(source.network, tmp_path, classes=4, image_size=16)
-    assert len(files) == 17
+    assert len(files) == 18
     options = (
         *("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
         *("data.normalization=half", f"data.test={tmp_path}/test", "attack=badnets", "defense=clp"),

@@ -20,7 +20,8 @@ def test_hostile_and_broken_files_are_refused_and_never_run(tmp_path: Path) -> N
     assert len(found) == len(FILES) >= 30
     for row in found:
         assert row["said"], f"accepted: {row['file']}"
-        assert "victim.path=" in row["said"], row["file"]
+        assert "victim.path=" in row["said"] or "data.classes" in row["said"], row["file"]
+        assert row["seconds"] < 2, row
     assert not (tmp_path / MARK).exists()
 
 

@@ -70,7 +70,7 @@ def test_a_picture_by_hand(compose_config) -> None:
     assert small.mask[0, 2, 2] == 1
     with pytest.raises(ConfigError, match=r"attack.row=29: expected at most 28 for .*trigger.png"):
         build("picture", compose_config, SPEC32, row=29)
-    with pytest.raises(DataError, match=r"attack.path=absent.png: cannot be read"):
+    with pytest.raises(DataError, match=r"absent.png: cannot be read"):
         build("picture", compose_config, SPEC32, path="absent.png")
     with pytest.raises(DataError, match=r"attack.path=.*\.py: not a readable image"):
         build("picture", compose_config, SPEC32, path=__file__)

@@ -23,7 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dhbe.checkpoint.pickles import Opaque, Refused, StorageRef, TensorRef, read_pickle
+from dhbe.checkpoint.pickles import (
+    Opaque,
+    Refused,
+    StorageRef,
+    TensorRef,
+    read_pickle,
+    shown,
+)
 
 MAX_BYTES = 4 * 2**30
 """Of a file."""
@@ -96,6 +103,7 @@ class WeightFile(ABC):
         self.path = path
         self.content: Any = None
         self.metadata: dict[str, str] = {}
+        self._seen: dict[int, tuple[Any, Any]] = {}
 
     def locate(self, storage: str) -> str:
         """Record of a storage that a pickle names."""
@@ -126,9 +134,13 @@ class WeightFile(ABC):
         try:
             held = self.size(record) // dtype.itemsize
         except KeyError:
-            raise Refused(f"storage {ref.storage.record[:60]!r} is not in the file") from None
+            raise Refused(f"storage '{shown(ref.storage.record)}' is not in the file") from None
         last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
         numel = math.prod(ref.shape)
+        if self.size(record) % dtype.itemsize:
+            raise Refused(f"a storage of {self.size(record)} bytes for numbers of {dtype}")
+        if numel and overlaps(ref.shape, ref.stride):
+            raise Refused(f"a tensor of shape {ref.shape} and stride {ref.stride} overlaps itself")
         if held < ref.storage.numel or (numel and (last >= held or numel > held)):
             raise Refused(
                 f"a tensor of shape {ref.shape} and stride {ref.stride} does not fit its storage "
@@ -137,16 +149,22 @@ class WeightFile(ABC):
         return Place(record, dtype, ref.offset, ref.shape, ref.stride)
 
     def placed(self, value: Any, depth: int = 0) -> Any:
-        """The value with tensors as ``Place``, modules of a script as dicts of their parts."""
+        """The value with tensors as ``Place``, modules of a script as dicts of their parts.
+
+        What occurs in many places is looked at once: it may hold itself many times over.
+        """
         if isinstance(value, TensorRef):
             return self.place(value)
         if isinstance(value, Opaque):
             if not value.name.startswith("__torch__"):
                 return value.items or value
             value = value.state if isinstance(value.state, dict) else {}
-        if isinstance(value, dict) and depth < MAX_SCRIPT_DEPTH:
-            return {k: self.placed(v, depth + 1) for k, v in value.items()}
-        return value
+        if not isinstance(value, dict) or depth >= MAX_SCRIPT_DEPTH:
+            return value
+        if id(value) not in self._seen:
+            made = {k: self.placed(v, depth + 1) for k, v in value.items()}
+            self._seen[id(value)] = (value, made)  # kept, so that the number stays its own
+        return self._seen[id(value)][1]
 
 
 class Safetensors(WeightFile):
@@ -166,7 +184,9 @@ class Safetensors(WeightFile):
             header = parse_json(file.read(length))
         self.start, end = 8 + length, path.stat().st_size
         self.metadata = header.pop("__metadata__", {})
-        if not all(isinstance(v, str) for pair in self.metadata.items() for v in pair):
+        if not isinstance(self.metadata, dict) or not all(
+            isinstance(v, str) for v in self.metadata.values()
+        ):
             raise Refused("metadata that is not text")
         if len(header) > MAX_TENSORS:
             raise Refused(f"{len(header):,} tensors; at most {MAX_TENSORS:,}")
@@ -181,13 +201,13 @@ class Safetensors(WeightFile):
             dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
             start, stop = value["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"tensor {key[:60]!r}: unknown type or no place ({error})") from error
+            raise Refused(f"tensor '{shown(key)}': unknown type or no place ({error})") from error
         numbers = (*shape, start, stop)
         if len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in numbers):
-            raise Refused(f"tensor {key[:60]!r}: impossible shape or offsets")
+            raise Refused(f"tensor '{shown(key)}': impossible shape or offsets")
         if stop - start != math.prod(shape) * dtype.itemsize or self.start + stop > end:
             raise Refused(
-                f"tensor {key[:60]!r}: shape {shape} and bytes {start}..{stop} of {end} disagree"
+                f"tensor '{shown(key)}': shape {shape} and bytes {start}..{stop} of {end} disagree"
             )
         self.spans[key] = (self.start + start, self.start + stop)
         stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -229,13 +249,17 @@ class Legacy(WeightFile):
         _collect(tree, kinds)
         self.spans: dict[str, tuple[int, int]] = {}
         position = head.tell()
-        for key in keys if isinstance(keys, list) else []:
+        if not isinstance(keys, list) or any(type(k) is not str for k in keys):
+            raise Refused("a list of storages that are not named by text")
+        if len(set(keys)) != len(keys):
+            raise Refused("a storage that is listed twice")
+        for key in keys:
             if key not in kinds or kinds[key].kind not in STORAGES:
-                raise Refused(f"storage {str(key)[:60]!r} has no known type")
+                raise Refused(f"storage '{shown(key)}' has no known type")
             (count,) = struct.unpack("<q", read_span(path, position, 8))
             width = STORAGES[kinds[key].kind].itemsize
             if count < 0 or position + 8 + count * width > path.stat().st_size:
-                raise Refused(f"storage {str(key)[:60]!r} is longer than the file")
+                raise Refused(f"storage '{shown(key)}' is longer than the file")
             self.spans[key] = (position + 8, count * width)
             position += 8 + count * width
         self.content = self.placed(tree)
@@ -262,10 +286,13 @@ class Archive(WeightFile):
         if end is None or end[zipfile._ECD_SIZE] > MAX_HEADER:  # type: ignore[attr-defined]
             raise Refused("no directory of the zip, or one too large; truncated?")
         self.zip = zipfile.ZipFile(path)
-        self._check_entries()
         names = self.zip.namelist()
-        self.root = PurePosixPath(names[0]).parts[0]
-        if f"{self.root}/byteorder" in names and self.read("byteorder").strip() != b"little":
+        self.root = next((part for n in names[:1] for part in PurePosixPath(n).parts[:1]), "")
+        self._check_entries()
+        if f"{self.root}/byteorder" in names and (
+            self.size("byteorder") > len(b"little\r\n")
+            or self.read("byteorder").strip() != b"little"
+        ):
             raise Refused("of a big-endian machine")
         if f"{self.root}/data/weights/model_weights_config.json" in names:
             self.kind, self.program = "torch.export", True
@@ -293,15 +320,18 @@ class Archive(WeightFile):
         if sum(i.compress_size for i in infos) > room:
             raise Refused("records that overlap")
         for info in infos:
-            shown = info.filename[:60]
-            parts = PurePosixPath(info.filename).parts
-            if len(parts) < 2 or ".." in parts or parts[0] == "/" or re.search(r"[\\:\0]", shown):
-                raise Refused(f"record {shown!r}: a name that leaves its folder")
+            name, parts = info.filename, PurePosixPath(info.filename).parts
+            if len(parts) < 2 or ".." in parts or parts[0] == "/" or re.search(r"[\\:\0]", name):
+                raise Refused(f"record '{shown(name)}': a name that leaves its folder")
             if stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
-                raise Refused(f"record {shown!r}: a symbolic link, or encrypted")
+                raise Refused(f"record '{shown(name)}': a symbolic link, or encrypted")
+            if name.startswith(f"{self.root}/code/"):  # of a program, and never read
+                continue
             packed = info.compress_type != zipfile.ZIP_STORED
-            if packed and not re.match(r"[^/]+/code/", info.filename):
-                raise Refused(f"record {shown!r}: compressed; torch stores tensors as they are")
+            if packed or info.compress_size != info.file_size:
+                raise Refused(
+                    f"record '{shown(name)}': compressed; torch stores tensors as they are"
+                )
 
     def _exported(self) -> dict[str, Place]:
         record = "data/weights/model_weights_config.json"
@@ -318,11 +348,12 @@ class Archive(WeightFile):
                 raw = StorageRef(value["path_name"], storage, 0)
                 ref = (raw, meta["storage_offset"]["as_int"], shape, stride)
             except (KeyError, TypeError, StopIteration) as error:
-                raise Refused(f"weight {key[:60]!r} is not described as expected") from error
+                raise Refused(f"weight '{shown(key)}' is not described as expected") from error
+            numbers = (ref[1], *shape, *stride)
             if value.get("use_pickle") or any(
-                type(n) is not int or n < 0 for n in (*shape, *stride)
+                type(n) is not int or not 0 <= n < 2**40 for n in numbers
             ):
-                raise Refused(f"weight {key[:60]!r} is a pickle or has an impossible shape")
+                raise Refused(f"weight '{shown(key)}' is a pickle or has an impossible shape")
             found[key] = self.place(TensorRef(*ref))
         return found
 
@@ -350,6 +381,13 @@ class Archive(WeightFile):
                 copy.writestr(record, new.get(info.filename) or self.zip.read(info))
 
 
+DAMAGE = (
+    *(zipfile.BadZipFile, struct.error, EOFError, ValueError, TypeError, AttributeError),
+    *(RuntimeError, ArithmeticError, LookupError),
+)
+"""What reading can end in if a file is not what it seems."""
+
+
 def open_weights(path: Path) -> WeightFile:
     """The file, its format found by content, not by suffix.
 
@@ -369,8 +407,8 @@ def open_weights(path: Path) -> WeightFile:
         if head[8:9] == b"{":
             return Safetensors(path)
         return Legacy(path)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, ValueError) as error:
-        raise Refused(f"damaged ({error})") from error
+    except DAMAGE as error:
+        raise Refused(f"damaged ({shown(error, 200)})") from error
     except RecursionError:
         raise Refused("nested too deeply") from None
 
@@ -397,15 +435,36 @@ def parse_json(raw: bytes | bytearray) -> dict[str, Any]:
     return found
 
 
-def flattened(content: Any, prefix: str = "") -> dict[str, Place]:
-    """State dict of nested modules: paths joined by dots."""
+def flattened(content: Any) -> dict[str, Place]:
+    """State dict of nested modules: paths joined by dots.
+
+    Raises:
+        Refused: there are too many paths; modules that are shared can have any number.
+    """
     found: dict[str, Place] = {}
-    for key, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, dict):
-            found |= flattened(value, f"{prefix}{key}.")
-        elif isinstance(value, Place):
-            found[f"{prefix}{key}"] = value
+    todo, looked = [("", content)], 0
+    while todo:
+        prefix, module = todo.pop()
+        entries = list(module.items()) if isinstance(module, dict) else []
+        looked += 1 + len(entries)
+        if looked > 10 * MAX_TENSORS:
+            raise Refused("too many parts of modules")
+        for key, value in entries:
+            if isinstance(value, dict):
+                todo.append((f"{prefix}{key}.", value))
+            elif isinstance(value, Place):
+                found[f"{prefix}{key}"] = value
     return found
+
+
+def overlaps(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether two elements of a strided view may lie in one place."""
+    reach = 1
+    for step, count in sorted((s, n) for n, s in zip(shape, stride, strict=True) if n > 1):
+        if step < reach:
+            return True
+        reach = step * (count - 1) + reach
+    return False
 
 
 def read_span(path: Path, start: int, length: int) -> bytearray:

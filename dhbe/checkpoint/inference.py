@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from dhbe.checkpoint.layouts import candidates, channels_in, classes_in, image_size_in
 from dhbe.checkpoint.loading import Checkpoint, digest, misfit
+from dhbe.checkpoint.pickles import shown
 from dhbe.data.own import NORMALIZATIONS
 from dhbe.errors import ArtefactError, ConfigError, got
 
@@ -67,7 +69,7 @@ def completed(
         tree = tree | {"budget": BUDGET | {"name": name, "fraction": float(clean)}}
     tree, choices = suspected(tree, choices)
     if checkpoint.others:
-        listed = ", ".join(sorted(checkpoint.others)[:8])
+        listed = ", ".join(map(shown, sorted(checkpoint.others)[:8]))
         assumed.append(f"{len(checkpoint.others)} tensors outside the network stay as is: {listed}")
     victim = node | {"sha256": digest(checkpoint.path), "assumed": assumed}
     return tree | {"victim": victim, "data": data, "model": model}, choices
@@ -126,13 +128,16 @@ def infer(checkpoint: Checkpoint, data: Mapping[str, Any]) -> tuple[dict[str, An
 
 
 def whole(said: object) -> int | None:
-    """A number that a file gives, if it is one that can be meant."""
+    """A number that a file gives, as such or as text, if it is one that can be meant."""
+    if isinstance(said, str) and re.fullmatch(r"\d{1,4}", said, re.ASCII):
+        said = int(said)
     return said if type(said) is int and 2 <= said <= MAX_SAID else None
 
 
 def image_size(checkpoint: Checkpoint, assumed: list[str]) -> int:
     """Side in pixels, from the file or, failing that, from the size of the first convolution."""
-    said = checkpoint.facts.get("img_size", checkpoint.facts.get("image_size"))
+    names = ("img_size", "image_size", "input_size")
+    said = next((checkpoint.facts[n] for n in names if n in checkpoint.facts), None)
     sizes = [whole(n) for n in (said if isinstance(said, (list, tuple)) else [said])]
     found = image_size_in(checkpoint.shapes) or max((n for n in sizes if n), default=None)
     if found:

@@ -14,7 +14,9 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from hydra.utils import instantiate
+
+from dhbe.checkpoint.pickles import shown
+from dhbe.config import build
 
 Shape = tuple[int, ...]
 Node = dict[str, Any]
@@ -28,6 +30,8 @@ STEM = re.compile(
 )
 STEMS = {3: "cifar", 5: "dhbe64", 7: "imagenet"}
 """Side of a ResNet's first convolution -> our name of the stem."""
+MOST_BLOCKS, MOST_WIDTH = 50, 8192
+"""Of networks that are built to be compared: a hostile file may claim any number."""
 COUNTER = "num_batches_tracked"
 """BatchNorm's counter: files of before torch 0.4.1 have none, and no network needs it."""
 
@@ -63,12 +67,13 @@ def numbered(pattern: str, *rules: tuple[str, str]) -> Renaming:
     def apply(keys: Iterable[str]) -> dict[str, str]:
         keys = list(keys)
         places = {k: m for k in keys if (m := re.match(pattern, k))}
-        order = sorted({(int(m[1]), int(m[2])) for m in places.values()})
+        stages = sorted({(int(m[1]), int(m[2])) for m in places.values()})
+        order = {stage: i for i, stage in enumerate(stages)}
         found = {}
         for key, new in renaming(*rules)(keys).items():
             if key in places:
                 m = places[key]
-                new = f"blocks.{order.index((int(m[1]), int(m[2])))}" + new[m.end() - 1 :]
+                new = f"blocks.{order[int(m[1]), int(m[2])]}" + new[m.end() - 1 :]
             found[key] = new
         return found
 
@@ -89,11 +94,11 @@ RENAMINGS: dict[str, Renaming] = {
     ),
     # BackdoorBench and WaNet: one convolution in a Sequential as shortcut
     "PreAct of BackdoorBench": numbered(
-        r"layer(\d+)\.(\d+)\.", (r"\.shortcut\.0\.", ".shortcut."), (r"^linear\.", "head.")
+        r"layer(\d{1,3})\.(\d{1,3})\.", (r"\.shortcut\.0\.", ".shortcut."), (r"^linear\.", "head.")
     ),
     # xternalz/WideResNet-pytorch, NAD, ANP
     "Wide ResNet": numbered(
-        r"block(\d+)\.layer\.(\d+)\.",
+        r"block(\d{1,3})\.layer\.(\d{1,3})\.",
         (r"\.convShortcut\.", ".shortcut."),
         (r"^bn1\.", "bn."),
         (r"^fc\.", "head."),
@@ -182,16 +187,14 @@ def image_size_in(shapes: Mapping[str, Shape]) -> int | None:
 def built(node: Node, *, classes: int, channels: int, image_size: int) -> dict[str, Shape]:
     """Names and shapes of a network, without its memory."""
     with torch.device("meta"):
-        network = instantiate(
-            node, classes=classes, channels=channels, image_size=image_size, _convert_="all"
-        )
+        network = build(node, classes=classes, channels=channels, image_size=image_size)
     return {k: tuple(v.shape) for k, v in network.state_dict().items()}
 
 
 def differences(own: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
     """What keeps weights from fitting a network, in words; empty if they fit."""
-    found = [f"missing {k}" for k in own.keys() - given.keys() if not k.endswith(COUNTER)]
-    found += [f"unknown {k}" for k in given.keys() - own.keys()]
+    found = [f"missing {shown(k)}" for k in own.keys() - given.keys() if not k.endswith(COUNTER)]
+    found += [f"unknown {shown(k)}" for k in given.keys() - own.keys()]
     found += [
         f"{k} is {given[k]}, expected {own[k]}"
         for k in own.keys() & given.keys()
@@ -252,7 +255,7 @@ def _preacts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Node]]:
     yield "preact_resnet18", {"_target_": OURS["preact"]}
     depth, rest = divmod(_count(shapes, r"blocks\.\d+\.conv1\.weight"), 3)
     widen = shapes.get("blocks.0.conv1.weight", (0,))[0] // 16
-    if depth and not rest and widen:
+    if 0 < depth <= MOST_BLOCKS and not rest and widen:
         node = {"_target_": OURS["wrn"], "depth": 6 * depth + 4, "widen": widen}
         yield f"wrn_16_1 model.depth={node['depth']} model.widen={widen}", node
 
@@ -261,6 +264,8 @@ def _small_resnets(shapes: Mapping[str, Shape], native: bool) -> Iterator[tuple[
     stages = _count(shapes, r"stages\.\d+\.0\.conv1\.weight")
     blocks = _count(shapes, r"stages\.0\.\d+\.conv1\.weight")
     widths = [shapes.get(f"stages.{i}.0.conv1.weight", (0,))[0] for i in range(stages)]
+    if not all(0 < w <= MOST_WIDTH for w in widths) or stages > 8 or blocks > MOST_BLOCKS:
+        return
     label = f"resnet_small model.widths=[{','.join(map(str, widths))}] model.blocks={blocks}"
     for stride in (1, 2) if native else (1,):  # others' CIFAR ResNets have stride 1
         sizes = {"widths": widths, "blocks": blocks, "stem_stride": stride}

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dhbe.checkpoint.files import Place, open_weights
+from dhbe.checkpoint.files import DAMAGE, MAX_TENSORS, Place, open_weights
 from dhbe.checkpoint.layouts import RENAMINGS, Shape, differences
-from dhbe.checkpoint.pickles import Opaque, Refused
+from dhbe.checkpoint.pickles import Opaque, Refused, shown
 from dhbe.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
 
@@ -22,6 +22,8 @@ NESTS = ("model", "state_dict", "net", "network", "model_state_dict", "netC", "w
 PREFIXES = ("module", "model", "network", "net", "backbone", "_orig_mod", "1")
 """What wrappers put before every key; ``1`` is the network behind a normalisation layer."""
 MAX_NESTING = 4
+MAX_NAME = 300
+"""Characters of a weight's name; the longest of known networks have 80."""
 STATISTICS = ("mean", "std")
 
 
@@ -50,10 +52,11 @@ class Checkpoint:
         except OSError as error:
             raise ArtefactError(f"victim.path={path}: cannot be read ({error})") from error
         prefix = wrapper(found)
-        inside = {k for k in found if k.startswith(prefix)}
+        inside = [k for k in found if k.startswith(prefix)]
         self.places = {k.removeprefix(prefix): found[k] for k in inside}
         self.original = {k.removeprefix(prefix): k for k in inside}
-        self.others = {k: found[k] for k in found.keys() - inside}
+        self.others = {k: p for k, p in found.items() if not k.startswith(prefix)}
+        self._last: tuple[str, bytearray] = ("", bytearray())
         self.facts = dict(facts(self.file.content)) | self.file.metadata
         if sum(p.nbytes for p in found.values()) > 2 * path.stat().st_size:
             raise ArtefactError(
@@ -86,13 +89,17 @@ class Checkpoint:
 
     def _read(self, name: str, place: Place) -> Tensor:
         try:
-            value = place.view(self.file.read(place.record)).clone()
+            if self._last[0] != place.record:  # many tensors may share one
+                self._last = (place.record, self.file.read(place.record))
+            value = place.view(self._last[1]).clone()
         except Refused as error:
             raise self.refusal(error) from error
+        except DAMAGE as error:
+            raise self.refusal(Refused(f"damaged ({shown(error, 200)})")) from error
         if value.is_floating_point() and not value.isfinite().all():
             raise ArtefactError(
-                f"victim.path={self.path}: {name} holds NaN or infinite values; no defense can "
-                "start from it"
+                f"victim.path={self.path}: {shown(name)} holds NaN or infinite values; no defense "
+                "can start from it"
             )
         return value
 
@@ -120,6 +127,12 @@ class Checkpoint:
         views = {k: p.view(buffers[p.record]) for k, p in places.items()}
         for key, view in views.items():
             view.copy_(weights[key])
+        for key, view in views.items():  # after all: some may share their memory
+            if not torch.equal(view, weights[key].to(view.dtype)):
+                raise ArtefactError(
+                    f"victim.path={self.path}: {key} shares its place in the file with another "
+                    "weight that is no longer equal; the file cannot hold both"
+                )
             if view.is_floating_point() and not view.isfinite().all():
                 raise ArtefactError(
                     f"victim.path={self.path}: the purified {key} does not fit {view.dtype}"
@@ -142,24 +155,31 @@ def state_dict(content: Any) -> dict[str, Place]:
     for _ in range(MAX_NESTING):
         if not isinstance(content, dict):
             break
-        tensors = {str(k): v for k, v in content.items() if isinstance(v, Place)}
-        if tensors and len(tensors) == sum(v is not None for v in content.values()):
-            return tensors
-        content = next((content[k] for k in NESTS if isinstance(content.get(k), dict)), None)
+        tensors = {k: v for k, v in content.items() if isinstance(v, Place)}
+        nested = next((content[k] for k in NESTS if isinstance(content.get(k), dict)), None)
+        if tensors and (nested is None or len(tensors) == len(content)):
+            if any(not isinstance(k, str) or len(k) > MAX_NAME for k in tensors):
+                raise Refused(f"a weight without a name, or one of more than {MAX_NAME} letters")
+            if len(tensors) > MAX_TENSORS:
+                raise Refused(f"{len(tensors):,} tensors; at most {MAX_TENSORS:,}")
+            if 2 * len(tensors) > len(content):  # odd entries beside weights stay as they are
+                return tensors
+        content = nested
     raise Refused(f"no state dict of tensors, neither on top nor under {', '.join(NESTS)}")
 
 
 def wrapper(keys: Mapping[str, Any]) -> str:
     """The prefix that wrappers put before most keys; empty if there is none."""
     found = ""
-    while True:
+    for _ in range(MAX_NESTING):
         inside = [k for k in keys if k.startswith(found)]
         longer = [f"{found}{p}." for p in PREFIXES]
         counts = {p: sum(k.startswith(p) for k in inside) for p in longer}
         best = max(longer, key=lambda p: counts[p])
         if 2 * counts[best] <= len(inside):
-            return found
+            break
         found = best
+    return found
 
 
 def facts(content: Any) -> Iterator[tuple[str, Any]]:
@@ -173,10 +193,9 @@ def facts(content: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(inner, dict):
             content = {**inner, **content}
     for key, value in content.items():
-        numbers = isinstance(value, (list, tuple)) and len(value) <= 4
-        if isinstance(value, (str, int, float)) or (
-            numbers and all(isinstance(v, (int, float)) for v in value)
-        ):
+        several = list(value) if isinstance(value, (list, tuple)) and len(value) <= 4 else [value]
+        kinds = (int, float) if isinstance(value, (list, tuple)) else (int, float, str)
+        if all(isinstance(v, kinds) and len(str(v)) <= MAX_NAME for v in several):
             yield str(key), value
 
 
@@ -198,7 +217,8 @@ class CheckpointFile:
         Raises:
             ConfigError: the file lies in ``folder``.
         """
-        if folder.resolve() in self.path.resolve().parents:
+        unfinished = folder.with_name(f".{folder.name}.partial")
+        if {folder.resolve(), unfinished.resolve()} & set(self.path.resolve().parents):
             raise ConfigError(
                 f"hydra.run.dir={folder}: {self.path} is inside the result folder, which would be "
                 "replaced; choose another folder"
@@ -217,6 +237,12 @@ class CheckpointFile:
         keys = matched(checkpoint, network)
         own = network.network.state_dict()
         weights = {keys[k]: checkpoint.read(k) for k in checkpoint.places}
+        for key, value in weights.items():
+            if own[key].is_floating_point() and not value.is_floating_point():
+                raise ArtefactError(
+                    f"victim.path={self.path}: {key} is made of {value.dtype}; a quantised file "
+                    "has no weights to purify"
+                )
         network.network.load_state_dict(own | weights)
         if checkpoint.others.keys() == set(STATISTICS):  # a file of this project
             for name in STATISTICS:
@@ -264,6 +290,8 @@ def matched(checkpoint: Checkpoint, network: Normalized) -> dict[str, str]:
     nearest: list[str] | None = None
     for rename in RENAMINGS.values():
         keys = rename(shapes)
+        if len(set(keys.values())) != len(keys):
+            continue
         wrong = differences(own, {new: shapes[old] for old, new in keys.items()})
         if not wrong:
             return keys

@@ -6,6 +6,7 @@ import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +18,26 @@ from dhbe.errors import DataError
 
 MAX_PIXELS = 64_000_000
 """Of one image, checked before it is unpacked."""
+MAX_FILE = 256 * 2**20
+"""Bytes of one image file."""
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM", "TIFF")
+"""No other decoder is tried, whatever a file says it is: EPS, for one, is run as a program."""
 Encoded = Callable[[int], tuple[str, bytes]]
 """Position -> (name to show in messages, encoded image file)."""
+
+
+def image_bytes(file: Path) -> bytes:
+    """What an image file holds.
+
+    Raises:
+        DataError: it cannot be read, or is too large to be an image.
+    """
+    try:
+        if file.stat().st_size > MAX_FILE:
+            raise DataError(f"{file}: more than {MAX_FILE:,} bytes, not a readable image")
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def unpack(name: str, blob: bytes, mode: str) -> Image.Image:
@@ -28,7 +47,7 @@ def unpack(name: str, blob: bytes, mode: str) -> Image.Image:
         DataError: the bytes are not a readable image.
     """
     try:
-        with Image.open(io.BytesIO(blob)) as opened:
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as opened:
             if getattr(opened, "is_animated", False):
                 raise ValueError("animated; which frame is meant?")
             if opened.width * opened.height > MAX_PIXELS:
@@ -44,11 +63,11 @@ def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
     Raises:
         DataError: the bytes are not a readable image.
     """
-    image = unpack(name, blob, "RGB" if channels == 3 else "L")
+    image = unpack(name, blob, {1: "L", 2: "LA", 3: "RGB"}[channels])
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 class ImageSet(ABC):

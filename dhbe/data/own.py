@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge, Le
 
-from dhbe.data.images import ImageSet, Resident, decode
+from dhbe.data.images import ImageSet, Resident, decode, image_bytes
 from dhbe.data.sources import SUFFIXES
 from dhbe.data.splits import Data, Splits
 from dhbe.errors import DataError, got
@@ -92,9 +92,9 @@ class OwnImages(Data):
         for file, label in labelled(key, folder, self.spec.classes):
             try:
                 pixels = decode(
-                    str(file), file.read_bytes(), self.spec.channels, self.spec.image_size
+                    str(file), image_bytes(file), self.spec.channels, self.spec.image_size
                 )
-            except (DataError, OSError) as error:
+            except DataError as error:
                 if not self.skip_unreadable:
                     raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
                 self.skipped.append(str(file))
