@@ -87,7 +87,7 @@ def checkpoint_seeds() -> list[bytes]:
         buffer = io.BytesIO()
         torch.save(wrap(network.state_dict(), **sizes), buffer)
         seeds.append(buffer.getvalue())
-    large = re.compile(r"\d,000|million|bomb|sparse|collide|overlapping|four|500 stages|100 MB|byte order of|folder of a program|40,000")
+    large = re.compile(r"\d,000|million|bomb|sparse|collide|overlapping|500 stages|byte order of")
     with tempfile.TemporaryDirectory() as folder:
         for i, (description, make) in enumerate(FILES.items()):
             if large.search(description):

@@ -28,6 +28,8 @@ from dhbe.runtime import Runtime
 ROLES = ("victim", "purified")
 STRONGEST = 8
 """Patches kept for the report."""
+AT_ONCE = 200 * 64 * 64
+"""Pixels that pass through a network with gradients at once; 16 images of 224 pixels."""
 DRAWS = 10
 """Batches of fresh patches, at fresh places, that a trained trigger network is judged by."""
 
@@ -90,7 +92,7 @@ class Probe:
             [self.impressions(n, runtime, role) for n, role in zip(pair, ROLES, strict=True)]
         )
         with torch.no_grad():
-            said = [n(x) for n in pair]
+            said = [torch.cat([n(part) for part in parts(x)]) for n in pair]
         same = int((said[0].argmax(1) == said[1].argmax(1)).sum())
         reach: dict[str, list[Rate]] = {}
         pictures = {"impressions": x[:: max(1, len(x) // (2 * STRONGEST))]}
@@ -111,15 +113,21 @@ class Probe:
         y = (torch.arange(self.images) % spec.classes).to(runtime.device)
         coarse = torch.randn((self.images, spec.channels, 8, 8), generator=rng)
         start = F.interpolate(coarse, size=spec.image_size, mode="bilinear")
-        pixels = start.to(runtime.device, runtime.dtype).requires_grad_(True)
-        optimizer = torch.optim.Adam([pixels], lr=0.1)
-        for _ in range(self.steps):
-            x = pixels.sigmoid()
-            loss = F.cross_entropy(network(x), y) + 1e-3 * total_variation_l2(x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return pixels.detach().sigmoid()
+        start = start.to(runtime.device, runtime.dtype)
+
+        def optimized(pixels: Tensor, labels: Tensor) -> Tensor:
+            pixels = pixels.clone().requires_grad_(True)
+            optimizer = torch.optim.Adam([pixels], lr=0.1)
+            for _ in range(self.steps):
+                x = pixels.sigmoid()
+                loss = F.cross_entropy(network(x), labels) + 1e-3 * total_variation_l2(x)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            return pixels.detach().sigmoid()
+
+        pairs = zip(parts(start), y.split(len(parts(start)[0])), strict=True)
+        return torch.cat([optimized(pixels, labels) for pixels, labels in pairs])
 
     def reach(self, network: Normalized, x: Tensor, runtime: Runtime) -> tuple[list[Rate], Tensor]:
         """Train a trigger network against ``network`` and count where its patches move images.
@@ -140,39 +148,49 @@ class Probe:
                 channels=network.spec.channels,
                 patch_size=patch_side(self.patch_size, size),
             ).to(x.device, x.dtype)
-        x_norm = network.normalize(x)
+        images = parts(network.normalize(x))
         with torch.no_grad():
-            clean = inner(x_norm)
+            clean = [inner(part) for part in images]
 
-        def attacked() -> tuple[Tensor, Tensor]:
-            patches = attacker(noise.latent(len(x), self.latent))
+        def attacked(i: int) -> tuple[Tensor, Tensor]:
+            """Logits of the i-th part under fresh patches."""
+            patches = attacker(noise.latent(len(images[i]), self.latent))
             place = noise.place(size - attacker.patch_size)
-            return inner(add_patches(x_norm, patches, network.std, *place)), patches
+            return inner(add_patches(images[i], patches, network.std, *place)), patches
 
         optimizer = torch.optim.Adam(attacker.parameters(), lr=5e-3)
-        for _ in range(self.steps):
-            loss = -disagreement(clean, attacked()[0])
+        for step in range(self.steps):
+            i = step % len(images)
+            loss = -disagreement(clean[i], attacked(i)[0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return self._judge(clean.argmax(1), clean, attacked)
+        return self._judge(clean, attacked)
 
     @torch.no_grad()
     def _judge(
-        self, before: Tensor, clean: Tensor, attacked: Callable[[], tuple[Tensor, Tensor]]
+        self, clean: list[Tensor], attacked: Callable[[int], tuple[Tensor, Tensor]]
     ) -> tuple[list[Rate], Tensor]:
-        classes = clean.shape[1]
-        moved = torch.zeros(classes, dtype=torch.int64, device=clean.device)
+        classes = clean[0].shape[1]
+        before = torch.cat(clean).argmax(1)
+        moved = torch.zeros(classes, dtype=torch.int64, device=before.device)
         for _ in range(DRAWS):
-            logits, patches = attacked()
+            found = [attacked(i) for i in range(len(clean))]
+            logits, patches = (torch.cat(made) for made in zip(*found, strict=True))
             now = logits.argmax(1)
             moved += now[now != before].bincount(minlength=classes)
-        strongest = (logits - clean).abs().mean(1).topk(min(STRONGEST, len(clean))).indices
+        change = (logits - torch.cat(clean)).abs().mean(1)
+        strongest = change.topk(min(STRONGEST, len(change))).indices
         others = DRAWS * (len(before) - before.bincount(minlength=classes))
         rates = [
             Rate(hits=h, total=t) for h, t in zip(moved.tolist(), others.tolist(), strict=True)
         ]
         return rates, patches[strongest]
+
+
+def parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Images (N, C, H, W) in portions that memory holds."""
+    return torch.split(x, max(8, AT_ONCE // (x.shape[-2] * x.shape[-1])))
 
 
 def patch_side(reference: int, image_size: int) -> int:

@@ -13,14 +13,17 @@ import torch
 import torchvision
 from conftest import small
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.formats import Wrapped, backdoorbench, prefixed, save_all
+from dhbe import evidence
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.config import plain
+from dhbe.evidence import Probe
 from dhbe.models import Normalized
+from dhbe.models.resnet import SmallResNet
 from dhbe.pipeline import assemble, build_network, run
 
 PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=2")
@@ -251,3 +254,35 @@ def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> N
     first_weights, *other_weights = weights.values()
     for other in other_weights:
         assert all(torch.equal(other[k], v) for k, v in first_weights.items())
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "classes"), [(1, 28, 10), (2, 32, 2), (3, 224, 1000)], ids=str
+)
+def test_any_channels_sizes_and_classes(
+    tmp_path: Path, compose_config, channels: int, size: int, classes: int
+) -> None:
+    kind = {"classes": classes, "channels": channels, "image_size": size}
+    network = SmallResNet(widths=[16, 16], blocks=1, stem_stride=2, **kind)
+    file = tmp_path / "given.safetensors"
+    save_file(network.state_dict(), file, {"stem_stride": "2"})
+    options = (f"data.image_size={size}", "data.normalization=none", *GAME)
+    metrics = purified(compose_config, file, tmp_path / "out", *options)
+    assert len(metrics["evidence"]["reach"]["victim"]) == classes
+    assert ("first 12 of 1000 classes" in " ".join(metrics["notes"])) == (classes == 1000)
+    back = load_file(tmp_path / "out" / "given-purified.safetensors")
+    SmallResNet(widths=[16, 16], blocks=1, stem_stride=2, **kind).load_state_dict(back, strict=True)
+
+
+def test_evidence_in_portions_is_the_same(monkeypatch, make_runtime) -> None:
+    """Class impressions do not depend on how many fit into memory."""
+    network = small(1).requires_grad_(False)
+    probe = Probe(images=20, steps=3, patch_size=5, width=4, latent=8)
+    whole = probe.impressions(network, make_runtime(), "victim")
+    monkeypatch.setattr(evidence, "AT_ONCE", 8 * 16 * 16)
+    assert len(evidence.parts(whole)) == 3
+    pieces = probe.impressions(network, make_runtime(), "victim")
+    assert torch.allclose(whole, pieces, atol=0.05)  # total variation is a mean over the portion
+    rates, patches = probe.reach(network, whole, make_runtime())
+    assert len(rates) == 4
+    assert len(patches) == 8
