@@ -37,7 +37,7 @@ from dhbe.rng import fork
 from dhbe.runtime import Recorder, Runtime, TrainerConfig
 from dhbe.tracking import report, tracked
 from dhbe.training import Schedule
-from dhbe.types import DataSpec, Suspect
+from dhbe.types import POISON, DataSpec, Suspect
 
 log = logging.getLogger(__name__)
 EXAMPLES = 8
@@ -401,6 +401,7 @@ def describe(
         "selection": parts.defense.selection,
         "seed": tree["seed"],
         "poison_rate": parts.attack.poison_rate,
+        "poisoned": float((made.codes == POISON).float().mean()) if len(made.codes) else None,
         "seconds": {"victim": 0.0, "defense": 0.0, "evaluate": 0.0} | seconds,
         "cached_victim": made.cached,
         "peak_memory_mb": max(clock.peaks.values()),

@@ -23,6 +23,7 @@ from torchmetrics.functional.image import (
 )
 
 from dhbe.report.collect import collect
+from dhbe.report.folder import read_metrics
 from dhbe.report.tables import markdown
 
 SETTING = ["data", "model", "epochs", "seed"]
@@ -66,7 +67,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
         pictures = stealth(shown["clean"], shown["triggered"]) if "triggered" in shown else {}
         found.append(
             {k: row[k] for k in (*KEYS, "case")}
-            | {"poison_rate": row["poison_rate"]}
+            | {"poison_rate": poisoned(row)}
             | {
                 k: 100 * row[f"victim_{k}"]
                 for k in ("acc", "asr", "ra")
@@ -77,6 +78,12 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
             | {"seconds": row["seconds_victim"], "commit": row["commit"]}
         )
     return pd.DataFrame(found)
+
+
+def poisoned(row: dict[Any, Any]) -> float:
+    """Share of the training images that are poison; a class may be too small for the rate."""
+    share = read_metrics(Path(row["folder"])).get("poisoned")
+    return float(row["poison_rate"]) if share is None else round(share, 4)
 
 
 def _known(value: Any) -> bool:
@@ -120,9 +127,18 @@ def text(table: pd.DataFrame) -> str:
 
 
 def sheet(table: pd.DataFrame) -> Figure:
-    """Per attack: clean, triggered, amplified difference (grey is none) of a few test images."""
+    """Clean, triggered, amplified difference (grey: none) of a few test images per attack."""
     table = table[[("triggered" in examples(f)) for f in table["folder"]]]
-    names = table["attack"].tolist()
+    names = [
+        "\n".join(
+            [
+                r["attack"],
+                *([r["data"]] * (r["data"] != "cifar10")),
+                *r["attack_variant"].split(", "),
+            ]
+        )
+        for r in table.fillna("").to_dict("records")
+    ]
     figure = Figure(figsize=(3 * SHOWN * 0.8 + 2, 0.8 * len(names) + 0.4), layout="constrained")
     axes = figure.subplots(len(names), 3 * SHOWN, squeeze=False)
     for line, name, folder in zip(axes, names, table["folder"], strict=True):

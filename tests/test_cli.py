@@ -76,6 +76,7 @@ def test_the_result_folder_is_whole(finished: Path) -> None:
         assert set(m[role]) == {"acc", "asr", "asr_conditional", "ra"}
         assert m["counts"][role]["acc"]["total"] == 300
         assert m["counts"][role]["asr"]["total"] == 270
+    assert m["poisoned"] == pytest.approx(m["poison_rate"], abs=0.002)
     assert (m["attack"], m["defense"], m["budget"]) == ("badnets", "dhbe_quick", "none")
     assert set(m["seconds"]) == {"victim", "defense", "evaluate"}
     assert m["cached_victim"] is False
