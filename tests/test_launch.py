@@ -87,10 +87,12 @@ def test_states_of_a_cell(tmp_path: Path) -> None:
     assert state(folder) == "waiting"
     (tmp_path / ".abc.partial").mkdir()
     assert state(folder) == "begun"
-    failure_file(folder).write_text("{}")
+    failure_file(folder).write_text('{"time": 5.0}')
     with FileLock(tmp_path / ".abc.lock"):
         assert state(folder) == "running"
     assert state(folder) == "failed", "a lock that nobody holds is no running cell"
+    assert state(folder, since=5.0) == "failed"
+    assert state(folder, since=6.0) == "begun", "launched again: it will be tried again"
     folder.mkdir()
     (folder / "metrics.json").write_text("{}")
     assert state(folder) == "done"
@@ -113,6 +115,27 @@ def test_names_of_cells_are_those_of_the_run(swept: tuple[Path, Any]) -> None:
     assert "1 of 3 cells done" in shown
     assert "done 1  running 0  failed 2  begun 0  waiting 0" in shown
     assert "failed: victim.learning_rate=-1" in shown
+
+
+def test_a_relaunch_is_looked_at_anew(tmp_path: Path) -> None:
+    known = {"name": "sweep", "results": str(tmp_path), "cells": [["attack=sig"], ["attack=lf"]]}
+    plan = Plan(started=1.0, data="old", **known)
+    plan.file.parent.mkdir()
+    before = Names(plan).more(float("inf"))
+    for name in before:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+    assert view(plan, before)[1]
+    again = Plan(started=2.0, data="new", **known)
+    assert again.file == plan.file
+    assert Names(again).found == [], "the names of an older launch may be those of other configs"
+    again.file.with_suffix(".cells").write_text(json.dumps(before))
+    assert Names(again).found == [], "the format of an older version"
+    record = {"time": 1.5, "error": "E", "message": "", "host": "h"}
+    for name in ("a", "b"):
+        failure_file(tmp_path / name).write_text(json.dumps(record))
+    assert view(plan, ["a", "b"])[1]
+    assert not view(again, ["a", "b"])[1], "failures of an older launch end nothing"
 
 
 def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path) -> None:
