@@ -26,7 +26,7 @@ from rich.text import Text
 
 from dhbe.config import cell, plain
 from dhbe.entry import register_resolvers
-from dhbe.sweep import PLANS, Plan, failure_file, write
+from dhbe.sweep import PLANS, Plan, complete, failure_file, write
 
 CONF = Path(__file__).parent.parent / "conf"
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
@@ -84,7 +84,7 @@ def state(folder: Path, since: float = 0.0) -> str:
     Args:
         since: failures before this time are those of an older launch, and will be tried again.
     """
-    if (folder / "metrics.json").exists():
+    if complete(folder):
         return "done"
     lock = folder.with_name(f".{folder.name}.lock")
     if lock.exists():
