@@ -81,6 +81,8 @@ def guarded(main: Callable[[], Any]) -> None:
         _complain(str(cause))
         sys.exit(2 if is_config_mistake(error) else 1)
     except Exception as error:
+        if _is_launchers(error):  # then Hydra does not come to the end of the sweep
+            _list_failures()
         if wants_traceback or not (advice := _advice(error)):
             raise
         _complain(advice)
@@ -93,6 +95,17 @@ STOPPED = "stopped; what was finished is kept, and the same command continues fr
 def _terminated(number: int, frame: FrameType | None) -> None:
     print(STOPPED, file=sys.stderr)
     sys.exit(128 + number)
+
+
+def _is_launchers(error: Exception) -> bool:
+    return type(error).__module__.split(".")[0] in LAUNCHERS
+
+
+def _list_failures() -> None:
+    from dhbe.sweep import launched, summarize
+
+    for plan in launched:
+        summarize(plan)
 
 
 def _complain(message: str) -> None:
@@ -111,7 +124,7 @@ def _advice(error: Exception) -> str:
         return f"out of memory ({said}); lower defense.batch_size or victim.batch_size"
     if isinstance(error, OSError):  # Hydra makes the output folder before the pipeline starts
         return f"{said}; free space, or choose a writable hydra.run.dir"
-    if type(error).__module__.split(".")[0] in LAUNCHERS:
+    if _is_launchers(error):
         remedy = "the same command goes on with the cells that are not finished"
         return f"a worker was lost: {said}; {remedy}"
     if "PytorchStreamWriter" in said or type(error).__name__ == "SafetensorError":

@@ -27,6 +27,10 @@ class DivergenceError(DHBEError):
     """A training produced NaN or infinite values."""
 
 
+class LostError(DHBEError):
+    """A process was killed, by the kernel for want of memory or by somebody."""
+
+
 def got(key: str, value: object, allowed: str, remedy: str = "") -> ConfigError:
     """ConfigError in the project's one form: key, value, what is allowed, what to do."""
     tail = f"; {remedy}" if remedy else ""

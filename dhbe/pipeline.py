@@ -34,7 +34,7 @@ from dhbe.report.page import write_page
 from dhbe.report.picture import write_overview
 from dhbe.results import Clock, ResultFolder
 from dhbe.rng import fork
-from dhbe.runtime import Recorder, Runtime, TrainerConfig
+from dhbe.runtime import Recorder, Runtime, Stopwatch, TrainerConfig
 from dhbe.tracking import report, tracked
 from dhbe.training import Schedule
 from dhbe.types import POISON, DataSpec, Suspect
@@ -123,6 +123,7 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
         if isinstance(parts.victim, CheckpointFile):
             parts.victim.outside(folder)
         trainer = parts.trainer
+        processes.refuse_multirun(trainer.processes)
         if result.complete and not tree["force"] and not processes.started():
             return reuse(result, tree)
         if trainer.processes > 1 and not processes.started():
@@ -174,8 +175,10 @@ def compute(
             before = evaluator.predict(made.network)
     suspect = Suspect(network=made.network, architecture=choices["model"], spec=parts.spec)
     with clock.stage("defense"):
+        runtime.stopwatch = Stopwatch(runtime.workdir)
         data = grant(parts, splits, made, seed, evaluator)
         purified = parts.defense(suspect, data, runtime)
+    clock.seconds["defense"] += runtime.stopwatch.earlier
     if processes.first():  # before anything else can go wrong
         save_weights(result.open(cell), tree, parts, purified)
     if evaluator is not None:
@@ -339,6 +342,7 @@ def obtain_victim(
             workdir=work,
             recorder=Recorder(),
             logger=runtime.logger,
+            stopwatch=Stopwatch(work),
         )
         network.to(own.device, own.dtype)
         surrogate = None
@@ -393,16 +397,14 @@ def describe(
     tree: dict[str, Any], parts: Parts, clock: Clock, made: victim.Victim, runtime: Runtime
 ) -> dict[str, Any]:
     """The part of ``metrics.json`` that says what was run, where and how long it took."""
-    seconds = dict(clock.seconds)
-    if made.cached:
-        seconds["victim"] = made.seconds
+    seconds = clock.seconds | {"victim": made.seconds}
     return {
         "cell": config.cell(tree),
         "selection": parts.defense.selection,
         "seed": tree["seed"],
         "poison_rate": parts.attack.poison_rate,
         "poisoned": float((made.codes == POISON).float().mean()) if len(made.codes) else None,
-        "seconds": {"victim": 0.0, "defense": 0.0, "evaluate": 0.0} | seconds,
+        "seconds": {"defense": 0.0, "evaluate": 0.0} | seconds,
         "cached_victim": made.cached,
         "peak_memory_mb": max(clock.peaks.values()),
         "stage_peak_memory_mb": clock.peaks,

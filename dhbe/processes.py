@@ -24,7 +24,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dhbe.errors import DHBEError, got
+from dhbe.errors import ConfigError, DHBEError, got
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)
@@ -46,16 +46,32 @@ def started() -> bool:
     return "RANK" in os.environ
 
 
+def refusal(processes: int) -> ConfigError:
+    """What is said where a run cannot have several processes."""
+    remedy = "sweeps use a process per cell (hydra/launcher=joblib, slurm)"
+    return got("trainer.processes", processes, "1 except in a single `python run.py`", remedy)
+
+
+def refuse_multirun(processes: int) -> None:
+    """Several processes for one run belong in no sweep, whoever started them.
+
+    Raises:
+        ConfigError: this is a cell of one.
+    """
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if processes > 1 and multirun:
+        raise refusal(processes)
+
+
 def launch(processes: int) -> None:
     """Run this command again in several processes of this machine, as torchrun does.
 
     Raises:
-        ConfigError: inside a multirun, or not begun from the command line.
+        ConfigError: not begun from the command line.
         DHBEError: one of them failed; its own message stands above.
     """
-    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
-        remedy = "sweeps use a process per cell (hydra/launcher=joblib, slurm)"
-        raise got("trainer.processes", processes, "1 except in a single `python run.py`", remedy)
+    if not HydraConfig.initialized():
+        raise refusal(processes)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -131,6 +131,7 @@ class ResultFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.partial = path.with_name(f".{path.name}.partial")
+        self.older = path.with_name(f".{path.name}.older")
 
     @property
     def complete(self) -> bool:
@@ -170,7 +171,7 @@ class ResultFolder:
     def publish(self) -> None:
         """Rename the working folder to its final name, in place of an older result."""
         if self.complete:
-            shutil.rmtree(self.path)
+            self.path.rename(self.older)  # a kill from here on loses neither: see ``claimed``
         self.discard_empty()
         try:
             self.partial.rename(self.path)
@@ -179,6 +180,7 @@ class ResultFolder:
                 f"hydra.run.dir={self.path}: holds other files; choose another folder "
                 f"(the result is in {self.partial})"
             ) from error
+        shutil.rmtree(self.older, ignore_errors=True)
 
     def discard_empty(self) -> None:
         """Remove the folder that Hydra made if nothing came of it."""
@@ -187,17 +189,34 @@ class ResultFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder's lock; another run of the same cell waits."""
+        """Hold the folder's lock; another run of the same cell waits.
+
+        Raises:
+            DHBEError: the place cannot be written.
+        """
         if not first():
             yield
             return
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-            with lock:
-                yield
+            lock.acquire()
         except PermissionError as error:
             raise DHBEError(f"hydra.run.dir={self.path}: cannot be written ({error})") from error
+        try:
+            if self.older.exists():
+                self._recover()
+            yield
+        finally:
+            lock.release()
+
+    def _recover(self) -> None:
+        """Tidy up after a process that was killed while it replaced an older result."""
+        if self.complete:
+            shutil.rmtree(self.older)
+        else:
+            self.discard_empty()
+            self.older.rename(self.path)
 
 
 def dump(metrics: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,14 +99,39 @@ class Recorder(Checkpoint):
         self.pictures = {k: v.numpy() for k, v in state_dict["pictures"].items()}
 
 
+class Stopwatch:
+    """Seconds of a stage since it began, those of its killed attempts included.
+
+    What an attempt did after its last finished epoch is not counted.
+
+    Args:
+        folder: where the stage keeps its checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.start = folder / "seconds", time.perf_counter()
+        self.earlier = float(self.file.read_text()) if self.file.exists() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def save(self) -> None:
+        """For the attempt that comes after a kill."""
+        fresh = self.file.with_suffix(".new")
+        fresh.write_text(str(self.seconds))
+        fresh.replace(self.file)
+
+
 class LastEpoch(Checkpoint):
     """Saves the state of the last finished epoch, in one step, after the recorder has its row.
 
     Lightning's own ModelCheckpoint with ``save_top_k=0`` writes nothing before training ends.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, stopwatch: Stopwatch | None) -> None:
+        self.path, self.stopwatch = path, stopwatch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write beside the file, then rename: a kill never leaves half a checkpoint."""
@@ -114,6 +140,8 @@ class LastEpoch(Checkpoint):
         fresh = self.path.with_suffix(".new")
         trainer.save_checkpoint(fresh)
         fresh.replace(self.path)
+        if self.stopwatch is not None:
+            self.stopwatch.save()
 
 
 class TrainerConfig:
@@ -164,6 +192,7 @@ class Runtime:
     Attributes:
         workdir: holds the checkpoint of the stage while it runs.
         recorder: takes curves and pictures; it gives nothing back.
+        stopwatch: keeps the seconds of the whole stage, whatever trainings it consists of.
     """
 
     trainer_config: TrainerConfig
@@ -171,6 +200,7 @@ class Runtime:
     workdir: Path
     recorder: Recorder = field(default_factory=Recorder)
     logger: Logger | None = None
+    stopwatch: Stopwatch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +245,7 @@ class Runtime:
         config = self.trainer_config
         self.workdir.mkdir(parents=True, exist_ok=True)
         checkpoint = self.workdir / "last.ckpt"
-        saver = LastEpoch(checkpoint)
+        saver = LastEpoch(checkpoint, self.stopwatch)
         hooks: list[Callback] = [*callbacks, self.recorder, saver]
         if config.progress and first():
             hooks.append(RichProgressBar(leave=True))

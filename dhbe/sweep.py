@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -28,9 +29,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dhbe.entry import is_config_mistake, register_resolvers
+from dhbe.errors import LostError
 
 PLANS = ".sweeps"
-"""Folder of plans inside a results folder."""
+"""Folder inside a results folder: plans, and a note on each job that is being computed."""
 EXTRAS = {"submitit_local": "slurm"}
 """Extra that brings a launcher, where it is not called like the launcher."""
 
@@ -43,6 +45,11 @@ def failure_file(folder: Path) -> Path:
     (seconds since 1970), ``host``, ``pid``. It is removed when the cell succeeds.
     """
     return folder.with_name(f".{folder.name}.failed.json")
+
+
+def complete(folder: Path) -> bool:
+    """Whether the cell with this result folder is finished."""
+    return (folder / "metrics.json").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,9 @@ class Plan:
         planned = {tuple(c) for c in self.cells}
         found = []
         for file in Path(self.results).glob(failure_file(Path("*")).name):
+            name = file.name.removeprefix(".").removesuffix(".failed.json")
+            if complete(file.with_name(name)):
+                continue
             with suppress(FileNotFoundError):  # another sweep has just made it succeed
                 record = json.loads(file.read_text())
                 if tuple(record["overrides"]) in planned:
@@ -140,50 +150,100 @@ class Sweep(Callback):
                     file=sys.stderr,
                 )
                 sys.exit(2)
+        launched.clear()
         if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-            plan = Plan.of(config)
+            launched.append(plan := Plan.of(config))
             plan.file.parent.mkdir(parents=True, exist_ok=True)
             write(plan.file, asdict(plan))
+            bury(Path(plan.results))
         self.workers = workers(self.workers) if self.limit else config.hydra.launcher.get("n_jobs")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Take a share of this machine, once per process: one GPU, or some of the CPU threads."""
-        del config, kwargs
+        """Take a share of this machine, once per process: one GPU, or some of the CPU threads.
+
+        In a sweep, note the job, so that it is not lost with its process.
+        """
+        del kwargs
         if self.workers and not _held:
             slot = take_slot(self.workers if self.limit else None)
             threads = max(1, (os.cpu_count() or 1) // self.workers)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported
             pin(slot)
+        if config.hydra.mode == RunMode.MULTIRUN:
+            note(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """In a sweep, record a failure instead of handing it on: other cells shall go on."""
         del kwargs
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
         record = failure_file(Path(config.hydra.runtime.output_dir))
         if job_return.status == JobStatus.COMPLETED:
             record.unlink(missing_ok=True)
-            return
-        try:
-            _ = job_return.return_value
-        except Exception as error:
-            write(record, describe(error, config))
-        job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        elif config.hydra.mode == RunMode.MULTIRUN:
+            try:
+                _ = job_return.return_value
+            except Exception as error:
+                write(record, describe(error, config))
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        with suppress(FileNotFoundError):  # somebody deleted the folder
+            while _notes:
+                _notes.pop().close()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """List all failures; exit status 1, or 2 if all are config mistakes."""
-        del kwargs
-        if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-            return
-        plan = Plan.of(config)
-        failures = plan.failures()
-        for f in failures:
-            cause = f"{f['error']}: {f['message']}"
-            print(f"failed: {plan.label(f['overrides'])}\n  {cause}", file=sys.stderr)
-        summary = f"{len(plan.cells)} cells, {len(failures)} failed"
-        print(f"sweep {plan.name}: {summary}", file=sys.stderr)
-        if failures:
-            sys.exit(2 if all(f["config_mistake"] for f in failures) else 1)
+        del config, kwargs
+        for plan in launched:
+            failures = summarize(plan)
+            if failures:
+                sys.exit(2 if all(f["config_mistake"] for f in failures) else 1)
+
+
+launched: list[Plan] = []
+"""The sweep that this process launched, if it did."""
+
+
+def summarize(plan: Plan) -> list[dict[str, Any]]:
+    """Say on stderr which cells failed, those of killed processes among them."""
+    bury(Path(plan.results))
+    failures = plan.failures()
+    for f in failures:
+        cause = f"{f['error']}: {f['message']}"
+        print(f"failed: {plan.label(f['overrides'])}\n  {cause}", file=sys.stderr)
+    summary = f"{len(plan.cells)} cells, {len(failures)} failed"
+    print(f"sweep {plan.name}: {summary}", file=sys.stderr)
+    return failures
+
+
+_notes: list[IO[str]] = []
+"""Note on the job of this process: locked while it lives; only SIGKILL leaves the file behind."""
+
+
+def note(config: DictConfig) -> None:
+    """Write the record of failure that this job would leave if its process were killed."""
+    folder = Path(config.hydra.runtime.output_dir)
+    place = folder.parent / PLANS
+    place.mkdir(parents=True, exist_ok=True)
+    lost = LostError(f"process {os.getpid()} died while computing this cell")
+    file = tempfile.NamedTemporaryFile("w", dir=place, suffix=".job")  # noqa: SIM115
+    fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump(describe(lost, config) | {"cell": folder.name}, file)
+    file.flush()
+    _notes[:] = [file]
+
+
+def bury(results: Path) -> None:
+    """Turn the notes of killed processes into records of failure, where nothing newer is known."""
+    for file in (results / PLANS).glob("*.job"):
+        with suppress(FileNotFoundError, BlockingIOError), file.open("r+") as found:
+            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while the process lives
+            if not (text := found.read()):
+                continue  # a process that has just begun
+            content = json.loads(text)
+            folder = results / content.pop("cell")
+            known = failure_file(folder)
+            newer = known.exists() and json.loads(known.read_text())["time"] > content["time"]
+            if not complete(folder) and not newer:
+                write(known, content)
+            file.unlink()
 
 
 def describe(error: Exception, config: DictConfig) -> dict[str, Any]:

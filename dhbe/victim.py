@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from dhbe.data import ImageSet, TrainingBatches
 from dhbe.errors import ArtefactError
 from dhbe.models import Normalized
 from dhbe.processes import agree, first
-from dhbe.runtime import Runtime
+from dhbe.runtime import Runtime, Stopwatch
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
 
@@ -135,9 +134,9 @@ class VictimStore:
                 if first():
                     shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step
                 return self._read(folder, recipe, network, attack)
-            start = time.perf_counter()
+            watch = Stopwatch(work)
             codes, curves = make(work)
-            seconds = time.perf_counter() - start
+            seconds = watch.seconds
             if first():
                 self._write(folder, recipe, network, attack, codes, curves, seconds)
                 shutil.rmtree(work, ignore_errors=True)

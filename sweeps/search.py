@@ -6,7 +6,10 @@ Overrides are those of ``run.py``; what Hydra calls a sweep is searched instead:
         "defense.weights.patch=tag(log,interval(0.05,1))" "defense.patch_size=choice(3,5,7)"
 
 The study NAME lies in ``outputs/results/search.db``; the same command continues a killed one, and
-several processes may share one. Every trial is an ordinary cell, so nothing is computed twice.
+several processes may share one (each ends with the trial that it is at when enough are there).
+Trials that were killed or diverged do not count. Every trial is an ordinary cell, computed once,
+but it lies in ``outputs/search/NAME``, apart from the results: a search looks at many settings, and
+one with ``--objective oracle`` at the test set, so that its cells are no table's.
 
 ``--objective validation`` (default) maximises DER on images of the defender's pool that the budget
 does not grant. It knows the trigger, which a defender does not, but never reads the test set.
@@ -35,13 +38,15 @@ from dhbe import config, results
 from dhbe.checkpoint import CheckpointFile
 from dhbe.data.access import not_granted
 from dhbe.entry import guarded, register_resolvers
-from dhbe.errors import ConfigError, DivergenceError, got
+from dhbe.errors import ConfigError, DHBEError, DivergenceError, got
 from dhbe.evaluate import Evaluator
 from dhbe.pipeline import assemble, build_network, load, obtain_victim, run
 from dhbe.runtime import Runtime
 
 CONF = Path(__file__).parent.parent / "conf"
 DIRECTIONS = {"validation": ["maximize"], "oracle": ["maximize", "minimize"]}
+TRIES = 3
+"""A search gives up when one process has tried so many times the number of trials wanted."""
 WHAT = {"validation": "DER on pool images", "oracle": "ORACLE: ACC and ASR on the test set"}
 
 
@@ -142,8 +147,26 @@ def study(name: str, storage: str, kind: str, overrides: list[str], seed: int) -
     return found
 
 
+def finished(found: Any) -> int:
+    """Number of the study's complete trials."""
+    return sum(t.state.name == "COMPLETE" for t in found.trials)
+
+
+def enough(trials: int) -> Callable[[Any, Any], None]:
+    """Callback that ends the search once all its processes together completed so many trials."""
+    from optuna.study import MaxTrialsCallback
+    from optuna.trial import TrialState
+
+    return MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
+
+
 def search(options: argparse.Namespace) -> None:
-    """Run what is missing of ``options.trials`` trials, then show the best."""
+    """Run what is missing of ``options.trials`` trials, then show the best.
+
+    Raises:
+        ConfigError: nothing to search, or see ``study``.
+        DHBEError: too many trials diverged.
+    """
     register_resolvers()
     parsed = OverridesParser.create().parse_overrides(options.overrides)
     searched = [o for o in parsed if o.is_sweep_override()]
@@ -155,12 +178,17 @@ def search(options: argparse.Namespace) -> None:
         results_folder.mkdir(parents=True, exist_ok=True)
         storage = options.storage or f"sqlite:///{results_folder}/search.db"
         found = study(options.name, storage, options.objective, options.overrides, options.seed)
-        done = sum(t.state.name in ("COMPLETE", "FAIL") for t in found.trials)
-        found.optimize(
-            objective(searched, fixed, options.objective),
-            n_trials=max(0, options.trials - done),
-            catch=(DivergenceError,),
-        )
+        trials = results_folder.absolute().parent / "search" / options.name
+        cells = objective(searched, [*fixed, f"paths.results='{trials}'"], options.objective)
+        if finished(found) < options.trials:
+            found.optimize(
+                cells,
+                n_trials=TRIES * options.trials,
+                catch=(DivergenceError,),
+                callbacks=[enough(options.trials)],
+            )
+    if (count := finished(found)) < options.trials:
+        raise DHBEError(f"{options.name}: {count} of {options.trials} trials; the others diverged")
     print(f"{options.name}: {WHAT[options.objective]}")
     for trial in found.best_trials:
         values = ", ".join(f"{v:.4f}" for v in trial.values)
@@ -176,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("name", help="of the study")
     parser.add_argument("overrides", nargs="+", help="as for run.py")
-    parser.add_argument("--trials", type=int, default=20, help="finished trials wanted in all")
+    parser.add_argument("--trials", type=int, default=20, help="complete trials wanted in all")
     parser.add_argument("--objective", choices=sorted(DIRECTIONS), default="validation")
     parser.add_argument("--storage", help="URL; default: search.db in the results folder")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler")

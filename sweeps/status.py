@@ -26,7 +26,7 @@ from rich.text import Text
 
 from dhbe.config import cell, plain
 from dhbe.entry import register_resolvers
-from dhbe.sweep import PLANS, Plan, failure_file, write
+from dhbe.sweep import PLANS, Plan, complete, failure_file, write
 
 CONF = Path(__file__).parent.parent / "conf"
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
@@ -56,8 +56,11 @@ class Names:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.cache = plan, plan.file.with_suffix(".cells")
-        known = json.loads(self.cache.read_text()) if self.cache.exists() else []
-        self.found: list[str] = known
+        self.found: list[str] = []
+        if self.cache.exists():  # configs or data may have changed since an older launch
+            known = json.loads(self.cache.read_text())
+            if isinstance(known, dict) and known["started"] == plan.started:
+                self.found = known["names"]
 
     def more(self, seconds: float) -> list[str]:
         """The names known after looking for ``seconds``, in the order of the plan."""
@@ -71,13 +74,17 @@ class Names:
                 if time.monotonic() > end:
                     break
         if rest:
-            write(self.cache, self.found)
+            write(self.cache, {"started": self.plan.started, "names": self.found})
         return self.found
 
 
-def state(folder: Path) -> str:
-    """One of ``STATES``, of the cell with this result folder."""
-    if (folder / "metrics.json").exists():
+def state(folder: Path, since: float = 0.0) -> str:
+    """One of ``STATES``, of the cell with this result folder.
+
+    Args:
+        since: failures before this time are those of an older launch, and will be tried again.
+    """
+    if complete(folder):
         return "done"
     lock = folder.with_name(f".{folder.name}.lock")
     if lock.exists():
@@ -85,8 +92,9 @@ def state(folder: Path) -> str:
             FileLock(lock).acquire(blocking=False).lock.release()
         except Timeout:
             return "running"
-    if failure_file(folder).exists():
-        return "failed"
+    with suppress(FileNotFoundError):
+        if json.loads(failure_file(folder).read_text())["time"] >= since:
+            return "failed"
     return "begun" if folder.with_name(f".{folder.name}.partial").exists() else "waiting"
 
 
@@ -105,7 +113,7 @@ def left(plan: Plan, folders: list[Path], states: list[str]) -> timedelta | None
 def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:
     """What the terminal shows, and whether nothing is left to wait for."""
     folders = [Path(plan.results) / n for n in names]
-    states = [state(f) for f in folders]
+    states = [state(f, plan.started) for f in folders]
     count, total = Counter(states), len(plan.cells)
     rest = left(plan, folders, states)
     head = f"{plan.name} in {plan.results}: {count['done']} of {total} cells done, "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from dhbe.errors import ConfigError
-from dhbe.sweep import Plan, Sweep, failure_file, take_slot
+from dhbe.sweep import PLANS, Plan, Sweep, bury, failure_file, take_slot, write
 from sweeps.status import Names, left, newest, state, view
 
 TINY = (
@@ -29,16 +31,20 @@ TINY = (
 )
 
 
-def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+def started(*overrides: str) -> subprocess.Popen[str]:
     """``python run.py -m`` with these overrides."""
-    return subprocess.run(
-        [sys.executable, "run.py", "-m", *overrides],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [sys.executable, "run.py", "-m", *overrides], cwd=ROOT, env=env, **pipes
     )
+
+
+def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """The same, seen to its end."""
+    process = started(*overrides)
+    shown, told = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, shown, told)
 
 
 def places(folder: Path) -> list[str]:
@@ -87,10 +93,12 @@ def test_states_of_a_cell(tmp_path: Path) -> None:
     assert state(folder) == "waiting"
     (tmp_path / ".abc.partial").mkdir()
     assert state(folder) == "begun"
-    failure_file(folder).write_text("{}")
+    failure_file(folder).write_text('{"time": 5.0}')
     with FileLock(tmp_path / ".abc.lock"):
         assert state(folder) == "running"
     assert state(folder) == "failed", "a lock that nobody holds is no running cell"
+    assert state(folder, since=5.0) == "failed"
+    assert state(folder, since=6.0) == "begun", "launched again: it will be tried again"
     folder.mkdir()
     (folder / "metrics.json").write_text("{}")
     assert state(folder) == "done"
@@ -115,21 +123,103 @@ def test_names_of_cells_are_those_of_the_run(swept: tuple[Path, Any]) -> None:
     assert "failed: victim.learning_rate=-1" in shown
 
 
-def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path) -> None:
+def test_a_relaunch_is_looked_at_anew(tmp_path: Path) -> None:
+    known = {"name": "sweep", "results": str(tmp_path), "cells": [["attack=sig"], ["attack=lf"]]}
+    plan = Plan(started=1.0, data="old", **known)
+    plan.file.parent.mkdir()
+    before = Names(plan).more(float("inf"))
+    for name in before:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+    assert view(plan, before)[1]
+    again = Plan(started=2.0, data="new", **known)
+    assert again.file == plan.file
+    assert Names(again).found == [], "the names of an older launch may be those of other configs"
+    again.file.with_suffix(".cells").write_text(json.dumps(before))
+    assert Names(again).found == [], "the format of an older version"
+    record = {"time": 1.5, "error": "E", "message": "", "host": "h"}
+    for name in ("a", "b"):
+        failure_file(tmp_path / name).write_text(json.dumps(record))
+    assert view(plan, ["a", "b"])[1]
+    assert not view(again, ["a", "b"])[1], "failures of an older launch end nothing"
+
+
+def job(folder: Path, mode: RunMode = RunMode.MULTIRUN) -> Any:
+    """What Hydra tells callbacks of a job with this result folder."""
     hydra = {
-        "mode": RunMode.MULTIRUN,
-        "runtime": {"output_dir": str(tmp_path / "abc"), "choices": {}},
+        "mode": mode,
+        "runtime": {"output_dir": str(folder), "choices": {}},
         "overrides": {"task": ["seed=0"]},
     }
-    config = OmegaConf.create({"hydra": hydra, "seed": 0})
+    return OmegaConf.create({"hydra": hydra, "seed": 0})
+
+
+@pytest.mark.parametrize("mode", [RunMode.MULTIRUN, RunMode.RUN])
+def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path, mode: RunMode) -> None:
     failed = JobReturn(status=JobStatus.FAILED)
     failed.return_value = ConfigError("why")
     callback = Sweep(workers=0)
-    callback.on_job_end(config, failed)
+    callback.on_job_end(job(tmp_path / "abc"), failed)
     assert json.loads(failure_file(tmp_path / "abc").read_text())["message"] == "why"
     assert failed.return_value is None, "the sweeper goes on"
-    callback.on_job_end(config, JobReturn(status=JobStatus.COMPLETED))
+    callback.on_job_end(job(tmp_path / "abc", mode), JobReturn(status=JobStatus.COMPLETED))
     assert not failure_file(tmp_path / "abc").exists()
+
+
+def test_a_finished_cell_has_not_failed(tmp_path: Path) -> None:
+    known = {"name": "s", "started": 0.0, "results": str(tmp_path), "data": "data"}
+    plan = Plan(cells=[["seed=0"]], **known)
+    write(failure_file(tmp_path / "abc"), {"overrides": ["seed=0"], "time": 1.0})
+    assert len(plan.failures()) == 1
+    (tmp_path / "abc").mkdir()
+    (tmp_path / "abc" / "metrics.json").write_text("{}")
+    assert plan.failures() == []
+
+
+def test_a_note_outlives_a_killed_process_alone(tmp_path: Path) -> None:
+    callback = Sweep(workers=0)
+    callback.on_job_start(job(tmp_path / "abc"))
+    (note,) = (tmp_path / PLANS).glob("*.job")
+    bury(tmp_path)
+    assert not failure_file(tmp_path / "abc").exists(), "we live"
+    text = note.read_text()
+    callback.on_job_end(job(tmp_path / "abc"), JobReturn(status=JobStatus.COMPLETED))
+    assert not note.exists()
+    note.write_text(text)  # as if we had been killed
+    bury(tmp_path)
+    record = json.loads(failure_file(tmp_path / "abc").read_text())
+    assert record["message"] == f"process {os.getpid()} died while computing this cell"
+    assert not note.exists()
+    note.write_text(text)
+    write(failure_file(tmp_path / "abc"), record | {"time": record["time"] + 1, "message": "new"})
+    bury(tmp_path)
+    assert json.loads(failure_file(tmp_path / "abc").read_text())["message"] == "new"
+
+
+def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY, *places(tmp_path)]
+    sweep += ["victim.learning_rate=-1,0.1"]
+    process = started(*sweep)
+    results, found = tmp_path / "results", {"pid": 0}
+    while process.poll() is None:
+        notes = [n.read_text() for n in (results / PLANS).glob("*.job")]
+        found = next((json.loads(n) for n in notes if "learning_rate=0.1" in n), found)
+        if found["pid"] and list(results.glob(".*.failed.json")):
+            os.kill(found["pid"], signal.SIGKILL)
+            break
+        time.sleep(0.05)
+    _, told = process.communicate()
+    assert process.returncode == 1, told
+    assert "failed: victim.learning_rate=-1\n  ConfigError: " in told
+    lost = f"LostError: process {found['pid']} died while computing this cell"
+    assert f"failed: victim.learning_rate=0.1\n  {lost}" in told
+    assert "2 cells, 2 failed" in told
+    assert "error: a worker was lost" in told
+    again = run(*sweep)
+    assert again.returncode == 2, "only the config mistake is left"
+    assert "2 cells, 1 failed" in again.stderr
+    assert len(list(results.glob(".*.failed.json"))) == 1
 
 
 def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_spec
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from torch import nn
 
 from dhbe import processes
@@ -25,6 +29,7 @@ from dhbe.game import (
     Weights,
 )
 from dhbe.models import Normalized
+from dhbe.pipeline import run
 from dhbe.rng import fork
 from dhbe.runtime import Recorder, Runtime, TrainerConfig
 from dhbe.training import Schedule, Supervised
@@ -155,3 +160,18 @@ def test_an_uneven_batch_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None
 def test_only_from_the_command_line_and_never_in_a_sweep() -> None:
     with pytest.raises(ConfigError, match=r"trainer.processes=2: expected 1 except in a single"):
         processes.launch(2)
+
+
+def test_a_cell_of_a_sweep_has_one_process_also_under_torchrun(
+    compose_config: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose_config("trainer=ddp", "trainer.device=cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes.HydraConfig, "initialized", lambda: True)
+    hydra = SimpleNamespace(mode=RunMode.MULTIRUN)
+    monkeypatch.setattr(processes.HydraConfig, "get", lambda: hydra)
+    with pytest.raises(ConfigError, match=r"trainer.processes=2: .*hydra/launcher=joblib"):
+        run(cfg, tmp_path / "abc", {})
+    processes.refuse_multirun(1)
+    hydra.mode = RunMode.RUN
+    processes.refuse_multirun(2)

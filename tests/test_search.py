@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from dhbe.data import Budget, DefenderData, Resident
 from dhbe.data.access import not_granted
-from dhbe.errors import BudgetError, ConfigError
-from sweeps.search import study, suggest
+from dhbe.errors import BudgetError, ConfigError, DHBEError, DivergenceError
+from sweeps.search import search, study, suggest
 
 optuna = pytest.importorskip("optuna")
 
@@ -62,3 +64,76 @@ def test_a_study_continues_and_refuses_to_change(tmp_path: Path) -> None:
         study("s", storage, "validation", ["a=interval(0,2)"], seed=0)
     directions = [d.name for d in study("o", storage, "oracle", ["a=1"], seed=0).directions]
     assert directions == ["MAXIMIZE", "MINIMIZE"]
+
+
+def options(folder: Path, trials: int, *, objective: str = "oracle") -> argparse.Namespace:
+    """What the command line makes of ``s --trials N`` with one searched key."""
+    overrides = ["defense=clp", "attack=blend", "defense.u=interval(1,9)"]
+    overrides += ["data.limit=200", "data.train_size=7600", "model.widths=[16,24]"]
+    overrides += ["victim.epochs=1", "trainer.threads=1"]
+    overrides += [f"paths.results={folder}/results", f"paths.victims={folder}/victims"]
+    known = {"name": "s", "objective": objective, "storage": None, "seed": 0}
+    return argparse.Namespace(overrides=overrides, trials=trials, **known)
+
+
+def states(folder: Path) -> list[str]:
+    storage = f"sqlite:///{folder}/results/search.db"
+    return [t.state.name for t in optuna.load_study(study_name="s", storage=storage).trials]
+
+
+def test_a_lost_trial_is_not_one_of_those_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fates: list[BaseException | None] = [None, DivergenceError("nan"), None, KeyboardInterrupt()]
+    folders = []
+
+    def stub(cfg: DictConfig, folder: Path, choices: Any) -> dict[str, Any]:
+        folders.append(folder)
+        if fates and (fate := fates.pop(0)):
+            raise fate
+        return {"purified": {"acc": 0.5, "asr": 1 / cfg.defense.u}}
+
+    monkeypatch.setattr("sweeps.search.run", stub)
+    with pytest.raises(KeyboardInterrupt):
+        search(options(tmp_path, 4))
+    assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE", "FAIL"]
+    search(options(tmp_path, 4))
+    assert states(tmp_path).count("COMPLETE") == 4
+    search(options(tmp_path, 4))
+    assert len(states(tmp_path)) == 6, "nothing is missing"
+    assert {f.parent for f in folders} == {tmp_path / "search" / "s"}, "apart from the results"
+    assert len(set(folders)) == 6
+
+
+def test_a_shared_study_ends_when_all_processes_together_have_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"sqlite:///{tmp_path}/results/search.db"
+
+    def stub(cfg: DictConfig, folder: Path, choices: Any) -> dict[str, Any]:
+        other = optuna.load_study(study_name="s", storage=storage)
+        other.add_trial(optuna.create_trial(values=[0.5, 0.5]))  # another process's
+        return {"purified": {"acc": 0.5, "asr": 0.5}}
+
+    monkeypatch.setattr("sweeps.search.run", stub)
+    search(options(tmp_path, 6))
+    assert states(tmp_path) == ["COMPLETE"] * 6
+
+
+def test_a_search_in_which_all_diverges_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stub(*_: Any) -> dict[str, Any]:
+        raise DivergenceError("nan")
+
+    monkeypatch.setattr("sweeps.search.run", stub)
+    with pytest.raises(DHBEError, match="s: 0 of 2 trials; the others diverged"):
+        search(options(tmp_path, 2))
+
+
+def test_a_search_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search(options(tmp_path, 2, objective="validation"))
+    cells = list((tmp_path / "search" / "s").glob("*/metrics.json"))
+    assert len(cells) == 2
+    assert not list((tmp_path / "results").rglob("metrics.json")), "the report shows no tuned cell"
+    assert "s: DER on pool images" in capsys.readouterr().out

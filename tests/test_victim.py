@@ -72,6 +72,21 @@ def test_trained_once_and_read_back_whole(store: Store) -> None:
     assert not list(store.store.root.glob("*.tmp")) + list(store.store.root.glob(".*.partial"))
 
 
+def test_seconds_of_a_killed_attempt_count(store: Store, monkeypatch) -> None:
+    def killed(*args) -> None:
+        folder = args[4].workdir
+        folder.mkdir()
+        (folder / "seconds").write_text("2000.0")
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("test_victim.train", killed)
+        with pytest.raises(InterruptedError):
+            store.obtain({"seed": 0})
+    assert 2000 < store.obtain({"seed": 0}).seconds < 3000
+    assert 2000 < store.obtain({"seed": 0}).seconds < 3000, "read back"
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "edit recipe", "no json"])
 def test_damage_is_detected_and_named(store: Store, damage: str) -> None:
     store.obtain({"seed": 0})

@@ -1,0 +1,111 @@
+"""Result folders: claimed, replaced without loss, and honest about their seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small
+from omegaconf import DictConfig
+from test_cli import TINY
+
+from dhbe.data import Resident, TrainingBatches
+from dhbe.errors import DHBEError
+from dhbe.pipeline import run
+from dhbe.results import ResultFolder
+from dhbe.runtime import Runtime, Stopwatch
+from dhbe.training import Schedule, Supervised
+from dhbe.types import DataSpec
+
+
+def result(path: Path, text: str) -> ResultFolder:
+    """A finished result in the working folder."""
+    found = ResultFolder(path)
+    (found.open() / "metrics.json").write_text(text)
+    return found
+
+
+def test_a_refusal_inside_the_run_is_not_about_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ResultFolder(tmp_path / "abc")
+    with pytest.raises(PermissionError, match="somebody's checkpoint"), folder.claimed():
+        raise PermissionError("somebody's checkpoint")
+    with folder.claimed():
+        pass  # the lock was freed
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(DHBEError, match="abc: cannot be written"), folder.claimed():
+        pass
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_while_a_result_is_replaced_loses_none(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result(tmp_path / "abc", "old").publish()
+    new = result(tmp_path / "abc", "new")
+    rename = Path.rename
+
+    def kill(path: Path, target: Path) -> Any:
+        if path == new.partial:
+            if moment == "after":
+                rename(path, target)
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kill)
+        with pytest.raises(KeyboardInterrupt):
+            new.publish()
+    again = ResultFolder(tmp_path / "abc")
+    with again.claimed():
+        assert again.complete
+        kept = (again.path / "metrics.json").read_text()
+        assert kept == {"before": "old", "after": "new"}[moment]
+        if moment == "before":
+            again.publish()
+            assert (again.path / "metrics.json").read_text() == "new"
+    assert not again.older.exists()
+
+
+def test_seconds_of_killed_attempts_count(
+    compose_config: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    """Checkpoints of a killed run lie there, with the seconds that it took."""
+    cfg = compose_config(*TINY, "defense=finetune", "defense.schedule.epochs=1", "budget=pct5")
+    folder = tmp_path / "results" / "abc"
+    work = ResultFolder(folder).open() / "training"
+    work.mkdir()
+    (work / "seconds").write_text("2000.0")
+    assert 2000 < run(cfg, folder, {"model": "m"})["seconds"]["defense"] < 3000
+
+
+def test_the_stopwatch_goes_on_over_all_trainings_of_a_stage(
+    images: Resident, spec: DataSpec, make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    def fit(runtime: Runtime) -> None:
+        schedule = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
+        schedule |= {"schedule": "cosine", "milestones": [], "decay": 0.1}
+        device = torch.device("cpu")
+        batches = TrainingBatches(images, spec=spec, batch_size=40, seed=0, device=device)
+        budget = Schedule(epochs=1, batch_size=40, **schedule)
+        module = Supervised(small(), batches, budget, role="x")
+        runtime.fit(module, batches, epochs=1)
+
+    folder = tmp_path / "work"
+    assert Stopwatch(folder).earlier == 0
+    runtime = make_runtime()
+    runtime.stopwatch = Stopwatch(folder)
+    runtime.stopwatch.earlier = 100.0
+    fit(runtime.stage("teacher"))
+    after_teacher = Stopwatch(folder).earlier
+    assert 100 < after_teacher < 200
+    fit(runtime)
+    assert after_teacher < Stopwatch(folder).earlier < 200
