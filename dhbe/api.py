@@ -15,11 +15,11 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from torch import nn
 
 from dhbe import config
-from dhbe.data import DefenderData, OwnImages
+from dhbe.checkpoint.inference import suspected
 from dhbe.entry import register_resolvers
-from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.types import Suspect
+from dhbe.errors import got
+from dhbe.pipeline import Given, assemble, compute
+from dhbe.results import ResultFolder
 
 CONF = Path(__file__).parent.parent / "conf"
 """Installed beside this package, as in the checkout."""
@@ -34,6 +34,9 @@ def purify(
     normalization: str | Mapping[str, Sequence[float]] = "none",
     defense: str = "dhbe_quick",
     clean: str | Path | None = None,
+    test: str | Path | None = None,
+    trigger: str | Path | None = None,
+    report: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> nn.Module:
     """A purified copy of a classifier, in eval mode, on the CPU; ``model`` stays as it is.
@@ -44,15 +47,26 @@ def purify(
             as ``cifar10`` or ``imagenet``, or ``{"mean": [...], "std": [...]}`` per channel.
         defense: a config of ``conf/defense``; ``dhbe`` is the published setting, for GPUs.
         clean: folder ``<clean>/<class>/<image>`` for defenses that need images.
-        overrides: further choices as on the command line, such as ``defense.epochs=20``.
+        test: folder likewise; measures accuracy before and after, for the report.
+        trigger: picture of a suspected trigger, tried on ``test``, for the report.
+        report: folder for ``report.html``, ``metrics.json`` and the evidence, as from
+            ``dhbe-purify``; it must be new or empty.
+        overrides: further choices as on the command line, such as ``defense.epochs=20`` or
+            ``attack.target_class=3``.
 
     Raises:
         ConfigError: an unknown choice, or a defense that these data or this model do not fit.
         ArtefactError: the model holds NaN or infinite weights.
-        DivergenceError: the purified one would.
+        DataError: images that cannot be read.
+        DivergenceError: the purified model would hold NaN or infinite weights.
     """
+    choices = {"data": "own", "attack": "none", "model": type(model).__name__, "defense": defense}
+    choices["budget"] = "own" if clean else "none"
     tree = composed(
-        ["data=own", f"defense={defense}", f"budget={'own' if clean else 'none'}", *overrides]
+        [
+            *("task=purify", "checkpoint=given", "model=resnet_tiny"),
+            *(f"defense={defense}", f"budget={choices['budget']}", *overrides),
+        ]
     )
     tree["data"] |= {
         "classes": classes,
@@ -60,28 +74,22 @@ def purify(
         "image_size": image_size,
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
+        "test": None if test is None else str(test),
     }
-    groups = ("data", "defense", "budget", "trainer")
-    config.validate({k: tree[k] for k in ("seed", *groups)}, groups)
-    data: OwnImages = config.build(tree["data"])
-    method, budget = config.build(tree["defense"]), config.build(tree["budget"])
-    method.check(budget)
-    method.fits(data.spec)
-    splits = data.load()
-    granted = DefenderData(
-        budget,
-        pool=splits.pool if splits else None,
-        train_size=len(splits.pool) if splits else 0,
-        seed=tree["seed"],
-    )
-    network = Normalized(copy.deepcopy(model).cpu(), data.spec).eval()
-    suspect = Suspect(network=network, architecture=type(model).__name__, spec=data.spec)
-    with TemporaryDirectory() as work:
-        runtime = Runtime(
-            trainer_config=config.build(tree["trainer"]), seed=tree["seed"], workdir=Path(work)
-        )
-        purified: Normalized = method(suspect, granted, runtime)
-    return purified.network.to(device="cpu", dtype=torch.float32).eval()
+    tree["trigger"] = None if trigger is None else str(trigger)
+    tree, choices = suspected(tree, choices)
+    parts = assemble(tree)
+    parts.victim = Given(network=copy.deepcopy(model).cpu().eval())
+    with TemporaryDirectory() as scratch:
+        folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
+        if report is None:
+            parts.probe = None
+        elif folder.complete:
+            raise got("report", report, "a new or empty folder")
+        with folder.claimed():
+            _, purified = compute(tree, parts, folder, choices, None)
+    inner: nn.Module = purified.network
+    return inner.to(device="cpu", dtype=torch.float32).eval()
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ VICTIM_KEYS = ("data", "model", "attack", "victim", "seed")
 
 
 @dataclass(kw_only=True)
+class Given:
+    """A network in memory that takes the place of a trained victim."""
+
+    network: nn.Module
+    assumed: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class Parts:
     """The objects that a config names."""
 
@@ -55,7 +63,7 @@ class Parts:
     defense: Defense
     budget: Budget
     trainer: TrainerConfig
-    victim: Schedule | CheckpointFile
+    victim: Schedule | CheckpointFile | Given
     probe: Probe | None
 
     @property
@@ -133,7 +141,10 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
             if processes.agree(result.complete and not tree["force"]):
                 return reuse(result, tree)
             with tracked(tree, choices) as logger:
-                return compute(tree, parts, result, choices, logger)
+                metrics, _ = compute(tree, parts, result, choices, logger)
+            if processes.first():
+                show(metrics, result.path)
+            return metrics
     finally:
         result.discard_empty()
 
@@ -144,8 +155,8 @@ def compute(
     result: ResultFolder,
     choices: Mapping[str, str],
     logger: Logger | None,
-) -> dict[str, Any]:
-    """The run itself, into ``result``."""
+) -> tuple[dict[str, Any], Normalized]:
+    """The run itself, into ``result``: its metrics and the purified network."""
     seed, device = tree["seed"], parts.trainer.device
     if parts.trainer.threads:
         torch.set_num_threads(parts.trainer.threads)
@@ -198,12 +209,12 @@ def compute(
     if evaluator is not None and tree["floor"] and parts.attack.active:
         metrics["floor"] = floor(tree, parts, splits, evaluator, runtime)
     if not processes.first():
-        return metrics
+        return metrics, purified
     report(logger, metrics, runtime.recorder.pictures)
     work = result.open(cell)  # again: somebody may have deleted it
     store(work, tree, evaluator, made, runtime, (before, after), evidence)
     publish(result, work, metrics)
-    return metrics
+    return metrics, purified
 
 
 def save_weights(work: Path, tree: dict[str, Any], parts: Parts, purified: Normalized) -> None:
@@ -231,7 +242,6 @@ def publish(result: ResultFolder, work: Path, metrics: dict[str, Any]) -> None:
     write_page(work)
     write_overview(work)
     result.publish()
-    show(metrics, result.path)
 
 
 def floor(
@@ -257,6 +267,8 @@ def load(data: Data, name: str) -> Splits | None:
     Args:
         name: fingerprint of the data set's config.
     """
+    if isinstance(data, OwnImages):  # folders change, and it has to say what it skipped
+        return data.load()
     if name not in _loaded:
         _loaded.clear()
         _loaded[name] = data.load()
@@ -265,7 +277,7 @@ def load(data: Data, name: str) -> Splits | None:
 
 def unknowns(parts: Parts, splits: Splits | None, before: Predictions | None) -> list[str]:
     """What was assumed about somebody's file, what was left out, and what nobody can know."""
-    if not isinstance(parts.victim, CheckpointFile):
+    if isinstance(parts.victim, Schedule):
         return []
     found = list(parts.victim.assumed)
     if isinstance(parts.data, OwnImages) and parts.data.skipped:
@@ -319,9 +331,13 @@ def obtain_victim(
     Args:
         attack: the config's, or none: then the result is the clean network of the same recipe.
     """
-    network = build_network(tree, parts.spec, runtime.derive("network"))
-    if isinstance(parts.victim, CheckpointFile):
-        parts.victim.load_into(network)
+    if isinstance(parts.victim, Given):
+        network = Normalized(parts.victim.network, parts.spec)
+    else:
+        network = build_network(tree, parts.spec, runtime.derive("network"))
+    if not isinstance(parts.victim, Schedule):
+        if isinstance(parts.victim, CheckpointFile):
+            parts.victim.load_into(network)
         codes = torch.zeros(0, dtype=torch.int8)
         return victim.Victim(
             network=network.eval(),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 from test_cli import GAME, metrics, run
 from torch import nn
 
@@ -161,6 +162,23 @@ def test_the_python_call_of_the_documentation() -> None:
     purified = names["purified"]
     assert isinstance(purified, nn.Module)
     assert not purified.training
+
+
+def test_the_python_call_can_measure_and_report(given: Path, tmp_path: Path, capsys) -> None:
+    options = {"image_size": 32, "classes": 5, "overrides": [*GAME, *PROBE]}
+    seen = {"test": given / "images", "trigger": ROOT / "tests" / "trigger.png"}
+    purified = dhbe.purify(network(), report=tmp_path / "out", **seen, **options)  # type: ignore[arg-type]
+    m = metrics(tmp_path / "out")
+    assert m["counts"]["purified"]["acc"]["total"] == 20
+    assert m["counts"]["victim"]["asr"]["total"] == 16
+    assert {len(m["evidence"]["reach"][r]) for r in ("victim", "purified")} == {5}
+    assert (m["model"], m["attack"]) == ("SmallResNet", "picture")
+    assert (tmp_path / "out" / "report.html").exists()
+    stored = load_file(tmp_path / "out" / "purified.safetensors")
+    assert torch.equal(stored["network.head.weight"], purified.head.weight)
+    with pytest.raises(ConfigError, match=r"report=.*out: expected a new or empty folder"):
+        dhbe.purify(network(), report=tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "", "a library prints nothing"
 
 
 def test_the_python_call_leaves_the_model_alone_and_plays_the_game() -> None:
