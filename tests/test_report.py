@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import shutil
 import subprocess
@@ -13,15 +15,19 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, names
+from matplotlib.axes import Axes
 
 from dhbe.report.__main__ import PUBLISHED
 from dhbe.report.collect import collect, merge, relabel, select
 from dhbe.report.failed import failures
+from dhbe.report.figures import curves, over
 from dhbe.report.folder import detail, percent
+from dhbe.report.page import COLOURS, _curves, style
 from dhbe.report.tables import (
     LEAST,
     beside_published,
     compare,
+    labels,
     latex,
     markdown,
     matrix,
@@ -319,6 +325,82 @@ def test_published_figures_stand_beside_one_method_at_a_time(tmp_path: Path) -> 
         ["pct5", "fixed", 1, "10.0"],
         ["pct5", "oracle", 1, "20.0"],
     ]
+
+
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Points of each labelled line."""
+    found = {}
+    for bars in axes.containers:
+        found[bars.get_label()] = [tuple(p) for p in bars[0].get_xydata().round(6).tolist()]
+    return found
+
+
+def test_figure_over_poison_rate_holds_everything_else(tmp_path: Path) -> None:
+    runs = itertools.product((0.01, 0.1), (0, 1), ("dhbe", "clp"), ("one", "two"), (3, 5))
+    for number, (rate, seed, defense, data, epochs) in enumerate(runs):
+        asr = rate + (data == "two") * 0.5 + (epochs == 5) * 0.2
+        options = {"attack": {"poison_rate": rate}, "defense": {"epochs": epochs, "name": defense}}
+        skewed = {"acc": 0.9, "asr": 0.5 + seed / 2, "asr_conditional": 1.0, "ra": 0.0}
+        if seed and defense == "clp":
+            continue  # so that a mean over rows would count seed 0 twice as often
+        said = {"data": data, "poison_rate": rate, "victim": skewed, "config": options}
+        write_cell(tmp_path / str(number), seed=seed, asr=asr, defense=defense, **said)
+    figure = over(collect([tmp_path]), "poison_rate")
+    assert figure is not None
+    assert [a.get_title() for a in figure.axes] == ["one badnets", "two badnets"]
+    one, two = (lines(a) for a in figure.axes)
+    assert one.keys() == two.keys()
+    assert set(one) == {
+        *(f"{d} (none, fixed) epochs={e}" for d in ("dhbe", "clp") for e in (3, 5)),
+        "victim",
+    }
+    assert one["dhbe (none, fixed) epochs=3"] == [(0.01, 1), (0.1, 10)]
+    assert two["clp (none, fixed) epochs=5"] == [(0.01, 71), (0.1, 80)]
+    assert one["victim"] == [(0.01, 75), (0.1, 75)]
+
+
+def test_figure_over_clean_images_shows_methods_that_need_none(tmp_path: Path) -> None:
+    data = {"classes": 10, "train_size": 1000}
+    runs = [("nad", "pct1", 0.01, 0), ("nad", "pct5", 0.05, 0), ("nad", "pct5", 0.05, 1)]
+    runs += [("dhbe", "none", 0, 0), ("abl", "poisoned", 0, 0), ("anp", "pct5", 0.05, 0)]
+    for number, (defense, name, fraction, seed) in enumerate(runs):
+        budget = {"name": name, "fraction": fraction, "poisoned": name == "poisoned"}
+        victim = {"acc": 0.9, "asr": 0.5 + seed / 2, "asr_conditional": 1.0, "ra": 0.0}
+        said = {"config": {"data": data, "budget": budget}, "budget": name, "victim": victim}
+        write_cell(tmp_path / str(number), seed=seed, asr=fraction, defense=defense, **said)
+    figure = over(collect([tmp_path]), "clean_images")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert lines(axes) == {"nad (fixed)": [(10, 1), (50, 5)], "dhbe (fixed)": [(0, 0)]}
+    (dashed,) = [a for a in axes.lines if a.get_label() == "victim"]
+    assert set(dashed.get_ydata()) == {75.0}
+
+
+def test_curves_can_be_told_apart(tmp_path: Path) -> None:
+    for k in range(12):
+        write_cell(tmp_path / f"c{k}", seed=0, asr=0.1, defense=f"d{k}")
+        losses = "stage,epoch,student/loss\n" + "".join(f"defense,{e},{k}\n" for e in range(30))
+        (tmp_path / f"c{k}" / "curves.csv").write_text(losses)
+    figure = curves(labels(collect([tmp_path])))
+    assert figure is not None
+    drawn = figure.axes[0].lines
+    looks = {(a.get_color(), a.get_marker(), a.get_linestyle()) for a in drawn}
+    assert len(looks) == 12
+    assert {a.get_color() for a in drawn} <= set(COLOURS)
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {a.get_label() for a in drawn}
+    assert len({(style(k)["color"], style(k)["marker"]) for k in range(119)}) == 119
+
+
+def test_page_of_a_run_has_the_same_lines(tmp_path: Path) -> None:
+    file = tmp_path / "curves.csv"
+    rows = "".join(f"defense,{e},0.9,0.1,{e},2,3\n" for e in range(3))
+    file.write_text("stage,epoch,val/acc,val/asr,student/loss,patch/loss,generator/loss\n" + rows)
+    url = _curves(file)
+    assert url is not None
+    drawn = base64.b64decode(url.partition(",")[2]).decode()
+    assert all(c.lower() in drawn for c in COLOURS[:3])
+    assert "#1f77b4" not in drawn, "the first colour of matplotlib"
+    assert drawn.count("stroke-dasharray") > 2
 
 
 def test_shipped_figures_name_their_source_and_ours() -> None:
