@@ -20,9 +20,10 @@ from matplotlib.axes import Axes
 from dhbe.report.__main__ import PUBLISHED
 from dhbe.report.collect import collect, merge, relabel, select
 from dhbe.report.failed import failures
-from dhbe.report.figures import curves, over
+from dhbe.report.figures import curves, figures, over
 from dhbe.report.folder import detail, percent
 from dhbe.report.page import COLOURS, _curves, style
+from dhbe.report.picture import gallery
 from dhbe.report.tables import (
     LEAST,
     beside_published,
@@ -401,6 +402,25 @@ def test_page_of_a_run_has_the_same_lines(tmp_path: Path) -> None:
     assert all(c.lower() in drawn for c in COLOURS[:3])
     assert "#1f77b4" not in drawn, "the first colour of matplotlib"
     assert drawn.count("stroke-dasharray") > 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gallery_shows_each_attack_once(tmp_path: Path, channels: int) -> None:
+    clean = np.zeros((8, channels, 16, 16), dtype=np.uint8)
+    for attack, seed in (("blend", 0), ("blend", 1), ("badnets", 0), ("none", 0)):
+        folder = tmp_path / f"{attack}{seed}"
+        write_cell(folder, seed=seed, asr=0.1, attack=attack, data="mini")
+        found = {"clean": clean, "index": np.arange(8)}
+        found |= {"triggered": clean + 200} if attack != "none" else {}
+        np.savez_compressed(folder / "examples.npz", **found)
+    drawn = {name: figure for name, _, figure in figures(collect([tmp_path]))}
+    figure = drawn["examples"]
+    assert [a.texts[0].get_text() for a in figure.axes] == ["badnets\nmini", "blend\nmini"]
+    (picture,) = figure.axes[0].images
+    pixels = np.asarray(picture.get_array()).reshape(16, 10, 17, channels)[:, :, :16]
+    assert (pixels[:, :5] == 0).all()
+    assert (pixels[:, 5:] == 200).all()
+    assert gallery(collect([tmp_path]).query("attack == 'none'")) is None
 
 
 def test_shipped_figures_name_their_source_and_ours() -> None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from dhbe.report.collect import CASE, digest, relabel
 from dhbe.report.page import BLUE, GREY, sparse, style
+from dhbe.report.picture import gallery
 from dhbe.report.tables import half_width, labels, order
 
 CURVES = 40
@@ -46,6 +47,9 @@ def figures(table: pd.DataFrame) -> Iterator[tuple[str, str, Figure]]:
         drawn = over(table[table["attack"] != "none"], column)
         if drawn is not None:
             yield column, caption, drawn
+    drawn = gallery(table)
+    if drawn is not None:
+        yield "examples", "Test images of each attack, clean and triggered", drawn
     drawn = curves(table)
     if drawn is not None:
         yield "curves", "Losses during the defense", drawn
