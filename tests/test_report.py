@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, names
 from matplotlib.axes import Axes
+from PIL import Image
 
 from dhbe.report.__main__ import PUBLISHED
 from dhbe.report.collect import collect, merge, relabel, select
@@ -469,31 +470,50 @@ PROBE = """<script>
   const down = seen(), box = section.querySelector("input");
   box.value = "DHBE badnets"; box.dispatchEvent(new Event("input"));
   const count = section.querySelector(".count").innerText;
-  document.body.dataset.probe = [up, down, seen(), count].join("|");
+  const width = document.documentElement.scrollWidth;
+  parent.postMessage([up, down, seen(), count, width, innerWidth].join("|"), "*");
 </script>"""
+PHONE = """<body><iframe src="index.html" style="width: 390px; height: 800px; border: 0"></iframe>
+<script>onmessage = event => { document.body.dataset.probe = event.data; };</script></body>"""
+"""A window is 500 pixels wide at least; a frame may be as narrow as a phone."""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_page_sorts_and_filters_in_a_browser(cells: Path, tmp_path: Path) -> None:
-    assert BROWSER is not None
     assert report(cells, tmp_path / "out").returncode == 0
     page = tmp_path / "out" / "index.html"
     page.write_text(page.read_text().replace("</html>", PROBE + "</html>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    done = subprocess.run(
-        [BROWSER, *options, "--window-size=400,800", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    phone = page.with_name("phone.html")
+    phone.write_text(PHONE)
+    done = browse(phone, "--virtual-time-budget=5000", "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
     found = done.stdout.partition('data-probe="')[2].partition('"')[0]
-    up, down, filtered, count = found.split("|")
+    up, down, filtered, count, width, window = found.split("|")
     assert up == "0.1 0.2 0.3 0.5"
     assert down == "0.5 0.3 0.2 0.1"
     assert filtered == "0.3 0.2 0.1"
     assert count == "3 of 4 rows"
+    assert int(width) <= int(window) == 390, "scrolls sideways on a phone"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_page_is_drawn_by_a_browser(cells: Path, tmp_path: Path) -> None:
+    assert report(cells, tmp_path / "out").returncode == 0
+    shot = tmp_path / "shot.png"
+    browse(tmp_path / "out" / "index.html", "--window-size=1200,900", f"--screenshot={shot}")
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (900, 1200)
+    assert shot.stat().st_size > 20_000  # an empty page takes 4 kB
+    assert 0.01 < (pixels < 128).mean() < 0.5, "dark text on a light page"
+
+
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open a page in a browser without a window."""
+    assert BROWSER is not None
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command = [BROWSER, *quiet, *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:
