@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import shutil
 import subprocess
@@ -13,14 +15,21 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, names
+from matplotlib.axes import Axes
+from PIL import Image
 
 from dhbe.report.__main__ import PUBLISHED
-from dhbe.report.collect import collect, failures, merge, select
+from dhbe.report.collect import collect, merge, relabel, select
+from dhbe.report.failed import failures
+from dhbe.report.figures import curves, figures, over
 from dhbe.report.folder import detail, percent
+from dhbe.report.page import COLOURS, _curves, style
+from dhbe.report.picture import gallery
 from dhbe.report.tables import (
     LEAST,
     beside_published,
     compare,
+    labels,
     latex,
     markdown,
     matrix,
@@ -38,6 +47,7 @@ def write_cell(
     attack: str = "badnets",
     acc: float = 0.8,
     config: dict | None = None,
+    **more: object,
 ) -> None:
     rates = {"acc": 0.9, "asr": 1.0, "asr_conditional": 1.0, "ra": 0.0}
     metrics = {
@@ -57,9 +67,35 @@ def write_cell(
         "commit": None,
     }
     folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.json").write_text(json.dumps(metrics | more))
     tree = {"attack": {"name": attack}, "defense": {"name": defense}} | (config or {})
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+def write_failure(
+    folder: Path,
+    name: str,
+    *overrides: str,
+    seed: int = 0,
+    defense: str = "dhbe",
+    attack: str = "badnets",
+    data: str = "<b>cifar10</b>",
+    budget: str = "none",
+    **more: object,
+) -> None:
+    """The record of the cell ``folder/name``, which need not exist."""
+    choices = {"data": data, "model": "m", "attack": attack, "defense": defense, "budget": budget}
+    record = {"choices": choices, "seed": seed, "error": "DivergenceError", "message": "<i>nan"}
+    record |= {"overrides": [f"seed={seed}", *overrides], "config_mistake": False} | more
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f".{name}.failed.json").write_text(json.dumps(record))
+
+
+def both(folder: Path) -> pd.DataFrame:
+    """The table of attacks by defenses, failures included."""
+    table = collect([folder])
+    table, failed = relabel(table, failures([folder], table))
+    return matrix(table, failed=failed).set_index("defense")
 
 
 @pytest.fixture
@@ -87,21 +123,92 @@ def test_matrix_says_what_was_not_run(cells: Path) -> None:
     write_cell(cells / "blend", seed=0, asr=0.4, defense="clp", attack="blend")
     wide = matrix(collect([cells])).set_index("defense")
     assert list(wide.columns) == ["badnets", "blend"]
-    assert wide.loc["dhbe"].tolist() == ["80.0 ± 0.0 / 20.0 ± 24.8 (n=3)", "not run"]
-    assert wide.loc["clp"].tolist() == ["80.0 / 50.0", "80.0 / 40.0"]
+    assert wide.loc["dhbe (none, fixed)"].tolist() == ["80.0 ± 0.0 / 20.0 ± 24.8 (n=3)", "not run"]
+    assert wide.loc["clp (none, fixed)"].tolist() == ["80.0 / 50.0 (n=1)", "80.0 / 40.0 (n=1)"]
 
 
 def test_failed_is_not_the_same_as_not_run(cells: Path, tmp_path: Path) -> None:
     write_cell(cells / "blend", seed=0, asr=0.4, defense="clp", attack="blend")
-    record = {"choices": {"data": "d", "model": "m", "attack": "blend", "defense": "dhbe"}}
-    record |= {"seed": 0, "error": "DivergenceError", "message": "<i>nan", "overrides": ["seed=0"]}
-    (cells / ".0123.failed.json").write_text(json.dumps(record))
-    wide = matrix(collect([cells]), failed=failures([cells])).set_index("defense")
-    assert wide.loc["dhbe", "blend"] == "failed (DivergenceError)"
+    write_failure(cells, "0123", attack="blend")
+    assert both(cells).loc["dhbe (none, fixed)", "blend"] == "failed (DivergenceError)"
     assert report(cells, tmp_path / "out").returncode == 0
     page = (tmp_path / "out" / "index.html").read_text()
     assert "DivergenceError" in page
     assert "&lt;i&gt;nan" in page
+
+
+def test_failures_stand_where_they_happened(cells: Path) -> None:
+    """By data set, budget and options; in a row of their own where nothing finished."""
+    write_cell(cells / "two", seed=0, asr=0.4, data="two")
+    write_cell(cells / "five", seed=0, asr=0.4, budget="pct5", defense="clp")
+    for rate in (0.1, 0.2):
+        options = {"defense": {"rate": rate, "name": "nad"}}
+        write_cell(cells / f"n{rate}", seed=0, asr=rate, defense="nad", config=options)
+    write_failure(cells, "a", data="two", budget="pct5", defense="clp")
+    write_failure(cells, "c", "defense.rate=0.2", "trainer.threads=1", defense="nad", data="two")
+    for seed in (0, 1):
+        reason = {"config_mistake": True, "message": "anp needs an image,\ngets 0"}
+        write_failure(cells, f"d{seed}", seed=seed, defense="anp", data="two", **reason)
+    write_failure(cells, "e", seed=0, defense="anp", data="two")
+    wide = both(cells)
+    two, one = "two badnets", "<b>cifar10</b> badnets"
+    assert wide.loc["clp (pct5, fixed)", two] == "failed (DivergenceError)"
+    assert wide.loc["clp (none, fixed)", two] == "not run"
+    assert wide.loc["dhbe (none, fixed)", one] == "80.0 ± 0.0 / 20.0 ± 24.8 (n=3)"
+    assert wide.loc["nad (none, fixed) rate=0.2", two] == "failed (DivergenceError)"
+    assert wide.loc["nad (none, fixed) rate=0.1", two] == "not run"
+    said = "failed (DivergenceError); 2 skipped (anp needs an image, gets 0)"
+    assert wide.loc["anp (none)"].to_dict() == {one: "not run", two: said}
+
+
+def test_failures_of_unknown_options_are_nobodys(cells: Path) -> None:
+    """Two victims bear these names, and the record does not tell which it was, or names a third."""
+    for epochs in (3, 5):
+        options = {"victim": {"epochs": epochs}}
+        write_cell(cells / f"e{epochs}", seed=0, asr=0.1, attack="blend", config=options)
+    write_failure(cells, "a", attack="blend")
+    write_failure(cells, "b", "victim.epochs=9", attack="blend")
+    write_failure(cells, "c", "victim.epochs=5", seed=1, attack="blend")
+    found = both(cells).loc["dhbe (none, fixed)"].to_dict()
+    assert found.pop("badnets").endswith("(n=3)")
+    assert found == {
+        "blend": "failed (DivergenceError)",
+        "blend epochs=3": "80.0 / 10.0 (n=1)",
+        "blend epochs=5": "80.0 / 10.0 (n=1, 1 failed)",
+        "blend epochs=9": "failed (DivergenceError)",
+    }
+
+
+def test_failed_seeds_are_counted_beside_n(cells: Path) -> None:
+    write_failure(cells, "b", seed=7)
+    assert both(cells).loc["dhbe (none, fixed)", "badnets"].endswith("(n=3, 1 failed)")
+
+
+def test_finished_later_is_not_failed_and_failures_obey_where(cells: Path, tmp_path: Path) -> None:
+    write_failure(cells, "c0")  # as recorded before a single run finished it
+    write_failure(cells, "other2", seed=5, defense="clp")
+    table = collect([cells])
+    failed = failures([cells], table)
+    assert failed["defense"].tolist() == ["clp"]
+    known = [*table, *failed]
+    assert len(select(failed, ["defense=clp", "seed=5", "selection=fixed"], known)) == 1
+    for other in ("defense=dhbe", "poison_rate=0.3", "purified_asr=0.5"):
+        assert select(failed, [other], known).empty
+    assert report(cells, tmp_path / "out", "--where", "defense=dhbe").returncode == 0
+    assert "failed" not in (tmp_path / "out" / "tables.md").read_text().lower()
+
+
+def test_all_cells_failed_is_a_report_too(tmp_path: Path) -> None:
+    write_failure(tmp_path / "r", "a", attack="badnets")
+    write_failure(tmp_path / "r", "b", attack="blend", config_mistake=True, message="no images")
+    done = report(tmp_path / "r", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "| dhbe (none) | failed (DivergenceError) | skipped (no images) |" in done.stdout
+    assert "DivergenceError" in (tmp_path / "out" / "index.html").read_text()
+    write_cell(tmp_path / "s" / "c", seed=0, asr=0.1)
+    done = report(tmp_path / "s", tmp_path / "out", "--merge")
+    assert "80.0 / 10.0 (n=1)" in done.stdout, done.stderr
 
 
 def test_equal_names_with_unequal_options_are_kept_apart(cells: Path) -> None:
@@ -113,9 +220,22 @@ def test_equal_names_with_unequal_options_are_kept_apart(cells: Path) -> None:
         write_cell(cells / f"n{seed}{rate}", seed=seed, asr=rate, defense="nad", config=options)
     wide = matrix(select(collect([cells]), ["defense=nad"])).set_index("defense")
     assert wide["badnets"].to_dict() == {
-        "nad schedule.rate=0.1": "80.0 ± 0.0 / 10.0 ± 0.0 (n=2)",
-        "nad schedule.rate=0.2": "80.0 / 20.0",
+        "nad (none, fixed) schedule.rate=0.1": "80.0 ± 0.0 / 10.0 ± 0.0 (n=2)",
+        "nad (none, fixed) schedule.rate=0.2": "80.0 / 20.0 (n=1)",
     }
+
+
+def test_n_counts_values(cells: Path) -> None:
+    rates = {"acc": 0.8, "asr": None, "asr_conditional": None, "ra": None}
+    write_cell(cells / "blank", seed=5, asr=0, defense="clp", purified=rates)
+    wide = matrix(collect([cells])).set_index("defense")
+    assert wide.loc["clp (none, fixed)", "badnets"] == "80.0 ± 0.0 / 50.0 (n=2/1)"
+
+
+def test_labels_name_budget_and_selection(cells: Path) -> None:
+    write_cell(cells / "seen", seed=0, asr=0.4, defense="anp", budget="pct5", selection="oracle")
+    names = set(matrix(collect([cells]))["defense"])
+    assert names == {"dhbe (none, fixed)", "clp (none, fixed)", "anp (pct5, oracle)"}
 
 
 def test_the_newer_of_two_equal_runs_counts(cells: Path, tmp_path: Path) -> None:
@@ -127,7 +247,23 @@ def test_the_newer_of_two_equal_runs_counts(cells: Path, tmp_path: Path) -> None
     merged = merge(tmp_path / "results.csv", collect([tmp_path / "again"]))
     assert len(merged) == 4
     assert merged.loc[merged["defense"] == "clp", "purified_asr"].tolist() == [0.9]
-    assert list(matrix(merged)["defense"]) == ["dhbe", "clp"]
+    assert list(matrix(merged)["defense"]) == ["dhbe (none, fixed)", "clp (none, fixed)"]
+
+
+def test_merge_keeps_methods_of_other_options_apart(tmp_path: Path) -> None:
+    for epochs in (15, 30):
+        options = {"defense": {"epochs": epochs}}
+        write_cell(tmp_path / f"r{epochs}" / "c", seed=0, asr=epochs / 100, config=options)
+    assert report(tmp_path / "r15", tmp_path / "out").returncode == 0
+    merged = merge(tmp_path / "out" / "results.csv", collect([tmp_path / "r30"]))
+    assert matrix(merged).set_index("defense")["badnets"].to_dict() == {
+        "dhbe (none, fixed) epochs=15": "80.0 / 15.0 (n=1)",
+        "dhbe (none, fixed) epochs=30": "80.0 / 30.0 (n=1)",
+    }
+    (tmp_path / "out" / "options.json").unlink()  # a report of an earlier version
+    merged = merge(tmp_path / "out" / "results.csv", collect([tmp_path / "r30"]))
+    assert len(matrix(merged)) == len(summarize(merged)) == 2
+    assert {f"#{m[:6]}" for m in merged["method"]} == set(merged["defense_variant"])
 
 
 def test_overlapping_intervals_are_not_ordered(tmp_path: Path) -> None:
@@ -139,9 +275,11 @@ def test_overlapping_intervals_are_not_ordered(tmp_path: Path) -> None:
             write_cell(tmp_path / name, seed=seed, asr=asr + noise[k], defense=defense)
     table = collect([tmp_path])
     ranks = ranking(table).set_index("defense")["rank"].to_dict()
-    assert ranks == {"a": "1–2", "b": "1–2", "c": "3"}
+    assert ranks == {
+        f"{k} (none, fixed)": v for k, v in zip("abc", ("1–2", "1–2", "3"), strict=True)
+    }
     pairs = compare(table).set_index(["better", "worse"])
-    first = next(p for p in pairs.index if p[1] == "c")
+    first = next(p for p in pairs.index if p[1].startswith("c"))
     gap = pairs.loc[first]
     assert gap["victims"] == 8
     assert 20 < gap["low"] < gap["DER difference"] < gap["high"] < 40  # 30 points of DER
@@ -175,6 +313,117 @@ def test_published_figures_stand_beside_ours(cells: Path) -> None:
     assert found["ASR"].unique().tolist() == ["20.0 ± 24.8"]
 
 
+def test_published_figures_stand_beside_one_method_at_a_time(tmp_path: Path) -> None:
+    for place, (budget, selection) in enumerate(
+        (("pct5", "fixed"), ("pct5", "oracle"), ("pct1", "fixed"))
+    ):
+        said = {"budget": budget, "selection": selection, "data": "cifar10"}
+        write_cell(tmp_path / str(place), seed=0, asr=0.1 * (place + 1), **said)
+    figure = {"source": "s", "data": "cifar10", "model": "big", "attack": "badnets"}
+    figure |= {"poison_rate": 0.1, "defense": "dhbe", "acc": 80.0, "asr": 10.0}
+    found = beside_published(collect([tmp_path]), pd.DataFrame([figure]))
+    assert found[["budget", "selection", "n", "ASR"]].to_numpy().tolist() == [
+        ["pct1", "fixed", 1, "30.0"],
+        ["pct5", "fixed", 1, "10.0"],
+        ["pct5", "oracle", 1, "20.0"],
+    ]
+
+
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Points of each labelled line."""
+    found = {}
+    for bars in axes.containers:
+        found[bars.get_label()] = [tuple(p) for p in bars[0].get_xydata().round(6).tolist()]
+    return found
+
+
+def test_figure_over_poison_rate_holds_everything_else(tmp_path: Path) -> None:
+    runs = itertools.product((0.01, 0.1), (0, 1), ("dhbe", "clp"), ("one", "two"), (3, 5))
+    for number, (rate, seed, defense, data, epochs) in enumerate(runs):
+        asr = rate + (data == "two") * 0.5 + (epochs == 5) * 0.2
+        options = {"attack": {"poison_rate": rate}, "defense": {"epochs": epochs, "name": defense}}
+        skewed = {"acc": 0.9, "asr": 0.5 + seed / 2, "asr_conditional": 1.0, "ra": 0.0}
+        if seed and defense == "clp":
+            continue  # so that a mean over rows would count seed 0 twice as often
+        said = {"data": data, "poison_rate": rate, "victim": skewed, "config": options}
+        write_cell(tmp_path / str(number), seed=seed, asr=asr, defense=defense, **said)
+    figure = over(collect([tmp_path]), "poison_rate")
+    assert figure is not None
+    assert [a.get_title() for a in figure.axes] == ["one badnets", "two badnets"]
+    one, two = (lines(a) for a in figure.axes)
+    assert one.keys() == two.keys()
+    assert set(one) == {
+        *(f"{d} (none, fixed) epochs={e}" for d in ("dhbe", "clp") for e in (3, 5)),
+        "victim",
+    }
+    assert one["dhbe (none, fixed) epochs=3"] == [(0.01, 1), (0.1, 10)]
+    assert two["clp (none, fixed) epochs=5"] == [(0.01, 71), (0.1, 80)]
+    assert one["victim"] == [(0.01, 75), (0.1, 75)]
+
+
+def test_figure_over_clean_images_shows_methods_that_need_none(tmp_path: Path) -> None:
+    data = {"classes": 10, "train_size": 1000}
+    runs = [("nad", "pct1", 0.01, 0), ("nad", "pct5", 0.05, 0), ("nad", "pct5", 0.05, 1)]
+    runs += [("dhbe", "none", 0, 0), ("abl", "poisoned", 0, 0), ("anp", "pct5", 0.05, 0)]
+    for number, (defense, name, fraction, seed) in enumerate(runs):
+        budget = {"name": name, "fraction": fraction, "poisoned": name == "poisoned"}
+        victim = {"acc": 0.9, "asr": 0.5 + seed / 2, "asr_conditional": 1.0, "ra": 0.0}
+        said = {"config": {"data": data, "budget": budget}, "budget": name, "victim": victim}
+        write_cell(tmp_path / str(number), seed=seed, asr=fraction, defense=defense, **said)
+    figure = over(collect([tmp_path]), "clean_images")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert lines(axes) == {"nad (fixed)": [(10, 1), (50, 5)], "dhbe (fixed)": [(0, 0)]}
+    (dashed,) = [a for a in axes.lines if a.get_label() == "victim"]
+    assert set(dashed.get_ydata()) == {75.0}
+
+
+def test_curves_can_be_told_apart(tmp_path: Path) -> None:
+    for k in range(12):
+        write_cell(tmp_path / f"c{k}", seed=0, asr=0.1, defense=f"d{k}")
+        losses = "stage,epoch,student/loss\n" + "".join(f"defense,{e},{k}\n" for e in range(30))
+        (tmp_path / f"c{k}" / "curves.csv").write_text(losses)
+    figure = curves(labels(collect([tmp_path])))
+    assert figure is not None
+    drawn = figure.axes[0].lines
+    looks = {(a.get_color(), a.get_marker(), a.get_linestyle()) for a in drawn}
+    assert len(looks) == 12
+    assert {a.get_color() for a in drawn} <= set(COLOURS)
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {a.get_label() for a in drawn}
+    assert len({(style(k)["color"], style(k)["marker"]) for k in range(119)}) == 119
+
+
+def test_page_of_a_run_has_the_same_lines(tmp_path: Path) -> None:
+    file = tmp_path / "curves.csv"
+    rows = "".join(f"defense,{e},0.9,0.1,{e},2,3\n" for e in range(3))
+    file.write_text("stage,epoch,val/acc,val/asr,student/loss,patch/loss,generator/loss\n" + rows)
+    url = _curves(file)
+    assert url is not None
+    drawn = base64.b64decode(url.partition(",")[2]).decode()
+    assert all(c.lower() in drawn for c in COLOURS[:3])
+    assert "#1f77b4" not in drawn, "the first colour of matplotlib"
+    assert drawn.count("stroke-dasharray") > 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gallery_shows_each_attack_once(tmp_path: Path, channels: int) -> None:
+    clean = np.zeros((8, channels, 16, 16), dtype=np.uint8)
+    for attack, seed in (("blend", 0), ("blend", 1), ("badnets", 0), ("none", 0)):
+        folder = tmp_path / f"{attack}{seed}"
+        write_cell(folder, seed=seed, asr=0.1, attack=attack, data="mini")
+        found = {"clean": clean, "index": np.arange(8)}
+        found |= {"triggered": clean + 200} if attack != "none" else {}
+        np.savez_compressed(folder / "examples.npz", **found)
+    drawn = {name: figure for name, _, figure in figures(collect([tmp_path]))}
+    figure = drawn["examples"]
+    assert [a.texts[0].get_text() for a in figure.axes] == ["badnets\nmini", "blend\nmini"]
+    (picture,) = figure.axes[0].images
+    pixels = np.asarray(picture.get_array()).reshape(16, 10, 17, channels)[:, :, :16]
+    assert (pixels[:, :5] == 0).all()
+    assert (pixels[:, 5:] == 200).all()
+    assert gallery(collect([tmp_path]).query("attack == 'none'")) is None
+
+
 def test_shipped_figures_name_their_source_and_ours() -> None:
     figures = pd.read_csv(PUBLISHED)
     assert figures[["source", "data", "model", "acc", "asr"]].notna().all(axis=None)
@@ -194,6 +443,7 @@ def test_command_writes_everything_and_escapes(cells: Path, tmp_path: Path) -> N
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "results.csv",
         "results.parquet",
+        "options.json",
         "tables.md",
         "tables.tex",
         "heat.png",
@@ -220,31 +470,50 @@ PROBE = """<script>
   const down = seen(), box = section.querySelector("input");
   box.value = "DHBE badnets"; box.dispatchEvent(new Event("input"));
   const count = section.querySelector(".count").innerText;
-  document.body.dataset.probe = [up, down, seen(), count].join("|");
+  const width = document.documentElement.scrollWidth;
+  parent.postMessage([up, down, seen(), count, width, innerWidth].join("|"), "*");
 </script>"""
+PHONE = """<body><iframe src="index.html" style="width: 390px; height: 800px; border: 0"></iframe>
+<script>onmessage = event => { document.body.dataset.probe = event.data; };</script></body>"""
+"""A window is 500 pixels wide at least; a frame may be as narrow as a phone."""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_page_sorts_and_filters_in_a_browser(cells: Path, tmp_path: Path) -> None:
-    assert BROWSER is not None
     assert report(cells, tmp_path / "out").returncode == 0
     page = tmp_path / "out" / "index.html"
     page.write_text(page.read_text().replace("</html>", PROBE + "</html>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    done = subprocess.run(
-        [BROWSER, *options, "--window-size=400,800", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    phone = page.with_name("phone.html")
+    phone.write_text(PHONE)
+    done = browse(phone, "--virtual-time-budget=5000", "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
     found = done.stdout.partition('data-probe="')[2].partition('"')[0]
-    up, down, filtered, count = found.split("|")
+    up, down, filtered, count, width, window = found.split("|")
     assert up == "0.1 0.2 0.3 0.5"
     assert down == "0.5 0.3 0.2 0.1"
     assert filtered == "0.3 0.2 0.1"
     assert count == "3 of 4 rows"
+    assert int(width) <= int(window) == 390, "scrolls sideways on a phone"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_page_is_drawn_by_a_browser(cells: Path, tmp_path: Path) -> None:
+    assert report(cells, tmp_path / "out").returncode == 0
+    shot = tmp_path / "shot.png"
+    browse(tmp_path / "out" / "index.html", "--window-size=1200,900", f"--screenshot={shot}")
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (900, 1200)
+    assert shot.stat().st_size > 20_000  # an empty page takes 4 kB
+    assert 0.01 < (pixels < 128).mean() < 0.5, "dark text on a light page"
+
+
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open a page in a browser without a window."""
+    assert BROWSER is not None
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command = [BROWSER, *quiet, *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dhbe.report.collect import collect, failures, merge, select
+from dhbe.report.collect import collect, merge, relabel, select
+from dhbe.report.failed import failures
 from dhbe.report.publish import write_report
 from dhbe.report.tables import beside_published, markdown
 
@@ -37,21 +38,23 @@ def main() -> None:
     )
     options = parser.parse_args()
     table = collect(options.folders)
-    if table.empty:
+    table, failed = relabel(table, failures(options.folders, table))
+    if table.empty and failed.empty:
         sys.exit(f"error: no metrics.json below {', '.join(map(str, options.folders))}")
+    known = [*table, *failed]
     try:
-        table = select(table, options.where)
+        table, failed = (select(t, options.where, known) for t in (table, failed))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if options.merge:
-        table = merge(options.out / "results.csv", table)
-    if table.empty:
+        table, failed = relabel(merge(options.out / "results.csv", table), failed)
+    if table.empty and failed.empty:
         sys.exit(f"error: no run has {' '.join(options.where)}")
     extra = {}
-    if options.compare:
+    if options.compare and len(table):
         published = pd.read_csv(options.compare)
         extra["Beside published figures"] = beside_published(table, published)
-    tables = write_report(table, failures(options.folders), options.out, extra)
+    tables = write_report(table, failed, options.out, extra)
     print(markdown(tables["ACC / ASR by attack"]))
     print(f"report: {options.out / 'index.html'}")
 

@@ -2,14 +2,15 @@
 
 Runs are grouped by the *case* (what was attacked: data, model, attack, victim's training) and the
 *method* (what erased it: defense, budget, selection). Runs of one case and one method differ in the
-seed alone. Where two cases or methods bear the same names, ``variant`` says which options differ.
+seed alone. Where two cases or methods bear the same names, ``variant`` says which options differ
+(or, where those are not known, the start of the hash).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,10 @@ from dhbe.report.folder import ROLES, read_metrics
 CASE = ["data", "model", "attack", "attack_variant"]
 METHOD = ["defense", "budget", "selection", "defense_variant"]
 RUN = ["case", "method", "seed"]
+OPTIONS = ["case_options", "method_options"]
+"""Columns of dictionaries: the options behind the hashes, by path."""
+OPTIONS_FILE = "options.json"
+"""Beside ``results.csv``: options by hash."""
 RATES = ("acc", "asr", "ra", "asr_conditional")
 ATTACKED = ("data", "model", "attack", "victim")
 ERASED = ("defense", "budget", "trainer")
@@ -35,22 +40,30 @@ def collect(folders: Iterable[Path]) -> pd.DataFrame:
     """One row per finished run at or below the given folders; of equal runs the newest.
 
     Rates are fractions; columns ``victim_acc``, ``purified_asr`` and so on. ``case`` and ``method``
-    are hashes of the options behind the names.
+    are hashes of the options behind the names, which are in ``case_options`` and
+    ``method_options``.
     """
     files = {m for f in folders for m in f.rglob("metrics.json") if m.parent.name[:1] != "."}
     found = [m.parent for m in sorted(files, key=lambda m: (m.stat().st_mtime, m))]
     options: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(lambda folder: _row(folder, options), found))
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
-    table = table.drop_duplicates(RUN, keep="last").reset_index(drop=True)
-    for kind, names in (("attack", ("data", "model", "attack")), ("defense", METHOD[:3])):
-        column = "case" if kind == "attack" else "method"
-        variant = _variants(table, column, list(names), options)
-        table[f"{kind}_variant"] = [variant[name] for name in table[column]]
-    return table
+    if not rows:
+        return pd.DataFrame(columns=[*CASE, *METHOD, *RUN, *OPTIONS, "der"])
+    table = pd.DataFrame(rows).drop_duplicates(RUN, keep="last").reset_index(drop=True)
+    return relabel(table)[0]
+
+
+def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
+    """The tables with ``attack_variant`` and ``defense_variant`` that tell all their rows apart."""
+    tables = tuple(t.copy() for t in tables)
+    for column, names in (("case", CASE), ("method", METHOD)):
+        *given, variant = names
+        needed = [column, f"{column}_options", *given, variant]
+        texts = _variants(pd.concat([t.reindex(columns=needed) for t in tables]), column, names)
+        for table in tables:
+            table[variant] = [texts[name] for name in table[column]]
+    return list(tables)
 
 
 def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -68,12 +81,17 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
     row["peak_memory_mb"] = m.get("peak_memory_mb")
     for column, names, groups in (("case", CASE, ATTACKED), ("method", METHOD, ERASED)):
-        flat = _flatten({g: config.get(g) for g in groups})
+        flat = flatten({g: config.get(g) for g in groups})
         named = [m[name] for name in names if name in m]
-        text = json.dumps([named, flat], sort_keys=True, default=str)
-        row[column] = hashlib.sha256(text.encode()).hexdigest()[:12]
-        options.setdefault(row[column], flat)
+        row[column] = digest(named, flat)
+        row[f"{column}_options"] = options.setdefault(row[column], flat)
     return row | {"commit": m["commit"], "folder": str(folder)}
+
+
+def digest(names: list[str], options: dict[str, Any]) -> str:
+    """Hash of a case or a method."""
+    text = json.dumps([names, options], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _clean_images(config: dict[str, Any]) -> float | None:
@@ -85,64 +103,76 @@ def _clean_images(config: dict[str, Any]) -> float | None:
     return float(round(budget.get("fraction", 0) * data.get("train_size", 0)) + per_class)
 
 
-def _flatten(node: Any, path: str = "") -> dict[str, Any]:
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """Nested options -> options by path, without the neutral ones."""
     if not isinstance(node, dict):
         return {path: node}
     found: dict[str, Any] = {}
     for key, value in node.items():
         if key not in NEUTRAL:
-            found |= _flatten(value, f"{path}.{key}" if path else str(key))
+            found |= flatten(value, f"{path}.{key}" if path else str(key))
     return found
 
 
-def _variants(
-    table: pd.DataFrame, column: str, names: list[str], options: dict[str, dict[str, Any]]
-) -> dict[str, str]:
-    """For each hash in ``column``: the options that tell it from others of the same names."""
+def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, str]:
+    """For each hash in ``column``: the options that tell it from others of the same names.
+
+    Where its options are not known, the former text; where texts are the same, also the hash.
+    """
+    options: dict[str, dict[str, Any]] = dict(
+        zip(table[column], table[f"{column}_options"], strict=True)
+    )
+    *given, variant = names
+    former = dict(zip(table[column], table[variant].fillna(""), strict=True))
     kin: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for row in table[[column, *names]].itertuples(index=False):
+    for row in table[[column, *given]].itertuples(index=False):
         kin[tuple(row[1:])].add(row[0])
     found: dict[str, str] = {}
     for group in kin.values():
-        keys = sorted({k for name in group for k in options[name]})
-        values = {k: {repr(options[name].get(k)) for name in group} for k in keys}
-        differing = [k for k in keys if len(values[k]) > 1]
+        known = [options[name] for name in group if options[name]]
+        keys = sorted({k for o in known for k in o})
+        differing = [k for k in keys if len({repr(o.get(k)) for o in known}) > 1]
+        texts = {}
         for name in group:
-            shown = (f"{k.partition('.')[2] or k}={options[name].get(k)}" for k in differing)
-            found[name] = ", ".join(shown)
+            own = options[name]
+            shown = [f"{k.partition('.')[2] or k}={own[k]}" for k in differing if k in own]
+            texts[name] = ", ".join(shown) if own else former[name]
+        times = Counter(texts.values())
+        for name, text in texts.items():
+            found[name] = text if times[text] == 1 else f"{text} #{name[:6]}".strip()
     return found
 
 
-def failures(folders: Iterable[Path]) -> pd.DataFrame:
-    """One row per run below the folders whose last attempt failed, with the cause."""
-    files = sorted({f for folder in folders for f in folder.rglob(".*.failed.json")})
-    rows = []
-    for file in files:
-        record = json.loads(file.read_text())
-        chosen = {k: record["choices"].get(k) for k in ("data", "model", "attack", "defense")}
-        cause = {"seed": record["seed"], "error": record["error"], "message": record["message"]}
-        rows.append(chosen | cause | {"overrides": " ".join(record["overrides"])})
-    return pd.DataFrame(rows)
-
-
-def select(table: pd.DataFrame, conditions: Iterable[str]) -> pd.DataFrame:
+def select(
+    table: pd.DataFrame, conditions: Iterable[str], known: Iterable[str] = ()
+) -> pd.DataFrame:
     """Rows for which every ``column=value[,value...]`` holds.
+
+    Args:
+        known: columns that may be missing here; no row fulfils a condition on a missing one.
 
     Raises:
         ValueError: no such column.
     """
+    columns = list(dict.fromkeys([*table, *known]))
     for condition in conditions:
         column, _, values = condition.partition("=")
-        if column not in table:
-            raise ValueError(f"--where {condition}: no such column; there are {list(table)}")
-        table = table[table[column].astype(str).isin(values.split(","))]
+        if column not in columns or column in OPTIONS:
+            there = [c for c in columns if c not in OPTIONS]
+            raise ValueError(f"--where {condition}: no such column; there are {there}")
+        found = table.get(column, pd.Series(index=table.index, dtype=object))
+        table = table[found.astype(str).isin(values.split(","))]
     return table
 
 
 def merge(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Rows of a former ``results.csv``, replaced where the same run was made again."""
     if old.exists():
-        new = pd.concat([pd.read_csv(old, keep_default_na=True), new], ignore_index=True)
-        variants = ["attack_variant", "defense_variant"]
-        new[variants] = new[variants].fillna("")
-    return new.drop_duplicates(RUN, keep="last").reset_index(drop=True)
+        text = dict.fromkeys(("case", "method", "commit"), str)  # some hashes look like numbers
+        former = pd.read_csv(old, keep_default_na=True, dtype=text)
+        file = old.with_name(OPTIONS_FILE)
+        options = json.loads(file.read_text()) if file.exists() else {}
+        for column in ("case", "method"):
+            former[f"{column}_options"] = [options.get(name, {}) for name in former[column]]
+        new = pd.concat([t for t in (former, new) if len(t)] or [new], ignore_index=True)
+    return relabel(new.drop_duplicates(RUN, keep="last").reset_index(drop=True))[0]

@@ -14,12 +14,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dhbe.report.page import BLUE, GREY, ORANGE
+from dhbe.report.collect import CASE, digest, relabel
+from dhbe.report.page import BLUE, GREY, sparse, style
+from dhbe.report.picture import gallery
 from dhbe.report.tables import half_width, labels, order
 
-MARKERS = "osv^Dpx*P<>hX+d8H1234"
 CURVES = 40
 """Runs whose training curves are drawn at most."""
+ACROSS = 4
+"""Panels beside each other."""
+VARIED = {
+    "poison_rate": ("case", ("attack.poison_rate",)),
+    "clean_images": ("method", ("budget.name", "budget.fraction", "budget.per_class")),
+}
+"""What a figure varies: whether it belongs to the case or the method, and the options behind it."""
 
 
 def figures(table: pd.DataFrame) -> Iterator[tuple[str, str, Figure]]:
@@ -30,20 +38,25 @@ def figures(table: pd.DataFrame) -> Iterator[tuple[str, str, Figure]]:
         yield "pareto", "ACC over ASR; up and to the left is better", pareto(table)
     yield "seconds", "Seconds per defense (median, quartiles)", seconds(table)
     for column, caption in (
-        ("poison_rate", "ASR over the poison rate (mean, 95 % interval)"),
-        ("clean_images", "ASR over the number of clean images (mean, 95 % interval)"),
+        ("poison_rate", "ASR over the poison rate (mean, 95 % interval; dashed: victim)"),
+        (
+            "clean_images",
+            "ASR over the number of clean images (mean, 95 % interval; dashed: victim)",
+        ),
     ):
-        attacked = table[table["attack"] != "none"]
-        varied = attacked.groupby(["attack", "defense"])[column].nunique() > 1
-        if varied.any():
-            yield column, caption, over(attacked, column, varied[varied].index)
+        drawn = over(table[table["attack"] != "none"], column)
+        if drawn is not None:
+            yield column, caption, drawn
+    drawn = gallery(table)
+    if drawn is not None:
+        yield "examples", "Test images of each attack, clean and triggered", drawn
     drawn = curves(table)
     if drawn is not None:
         yield "curves", "Losses during the defense", drawn
 
 
 def heat(table: pd.DataFrame) -> Figure:
-    """Two maps, defenses down and attacks across; grey is not run."""
+    """Two maps, defenses down and attacks across; grey has no result."""
     rows = order(table)
     columns = sorted(table["attacked"].unique())
     room = 0.06 * max(map(len, rows)), 0.05 * max(map(len, columns))
@@ -74,18 +87,15 @@ def pareto(table: pd.DataFrame) -> Figure:
     room = 0.08 * max(map(len, names))
     figure = Figure(figsize=(6 + room, max(5, 0.2 * len(names))), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(
-        100 * table["victim_asr"], 100 * table["victim_acc"], c=ORANGE, s=12, label="victim"
-    )
+    axes.scatter(100 * table["victim_asr"], 100 * table["victim_acc"], c=GREY, s=12, label="victim")
     for place, name in enumerate(names):
         group = table[table["method_name"] == name]
         axes.scatter(
             100 * group["purified_asr"],
             100 * group["purified_acc"],
-            marker=MARKERS[place % len(MARKERS)],
-            c=BLUE if place < len(MARKERS) else GREY,
             s=18,
             label=name,
+            **{k: v for k, v in style(place).items() if k != "linestyle"},
         )
     axes.set(xlabel="ASR (%)", ylabel="ACC (%)", xlim=(-2, 102))
     axes.grid(color="#eeeeee")
@@ -107,29 +117,83 @@ def seconds(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def over(table: pd.DataFrame, column: str, varied: pd.Index) -> Figure:
-    """ASR over ``column``: a panel per attack, a line per defense; dashed is the victim."""
-    attacks = sorted({a for a, _ in varied})
-    figure = Figure(figsize=(4 * len(attacks), 3.4), layout="constrained")
-    for axes, attack in zip(
-        figure.subplots(1, len(attacks), squeeze=False)[0], attacks, strict=True
-    ):
-        for place, defense in enumerate(sorted(d for a, d in varied if a == attack)):
-            group = table[(table["attack"] == attack) & (table["defense"] == defense)]
-            line(axes, group, column, "purified_asr", MARKERS[place % len(MARKERS)], defense)
-        line(axes, table[table["attack"] == attack], column, "victim_asr", "", "victim")
-        axes.set(title=attack, xlabel=column.replace("_", " "), ylabel="ASR (%)", ylim=(-2, 102))
-        axes.set_xscale("symlog", linthresh=0.01 if column == "poison_rate" else 10)
-        axes.legend(fontsize=7)
+def hold(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The table with cases and methods named and told apart by everything but ``column``."""
+    kind, varied = VARIED[column]
+    names = CASE[:3] if kind == "case" else ["defense", "selection"]
+    first = table.drop_duplicates(kind).set_index(kind)
+    rest = {
+        own: {k: v for k, v in options.items() if k not in varied}
+        for own, options in first[f"{kind}_options"].items()
+    }
+    same = {
+        own: digest(list(named), rest[own]) if rest[own] else own  # not known: like no other
+        for own, named in zip(first.index, first[names].to_numpy(), strict=True)
+    }
+    held = table.assign(
+        **{f"{kind}_options": table[kind].map(rest), kind: table[kind].map(same)},
+        budget="" if kind == "method" else table["budget"],
+        granted=[
+            bool(o.get("budget.poisoned") or o.get("budget.incoming"))
+            for o in table["method_options"]
+        ],
+    )
+    return labels(relabel(held)[0])
+
+
+def over(table: pd.DataFrame, column: str) -> Figure | None:
+    """ASR over ``column``, all else the same: a panel per case, a line per method; or None.
+
+    Over clean images, methods that need none are points at 0. Dashed is the victim.
+    """
+    held = hold(table, column)
+    panels = []
+    for title, group in held.groupby("attacked"):
+        varied = group.groupby("method_name")[column].transform("nunique") > 1
+        if varied.any():
+            free = (group[column] == 0) & ~group["granted"] & (column == "clean_images")
+            panels.append((title, group, group[varied | free]))
+    if not panels:
+        return None
+    names = sorted({name for _, _, shown in panels for name in shown["method_name"]})
+    down, across = -(-len(panels) // ACROSS), min(ACROSS, len(panels))
+    size = (4 * across + 1 + 0.07 * max(map(len, names)), max(3.4 * down, 1 + 0.16 * len(names)))
+    figure = Figure(figsize=size, layout="constrained")
+    near = 0.01 if column == "poison_rate" else 10  # the axis is linear up to here
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, (title, group, shown) in zip(grid, panels, strict=False):
+        axes.set_xscale("symlog", linthresh=near)
+        for name, runs in shown.groupby("method_name"):
+            line(axes, runs, column, "purified_asr", label=name, **style(names.index(name)))
+        victims = group.drop_duplicates(["poison_rate", "seed"])
+        dashed = {"label": "victim", "color": GREY, "linestyle": "--"}
+        if column == "poison_rate":
+            line(axes, victims, column, "victim_asr", **dashed)
+        else:  # it knows nothing of the defender's images
+            axes.axhline(100 * victims["victim_asr"].mean(), **dashed)
+        axes.set_title(title, fontsize=8)
+        axes.set(xlabel=column.replace("_", " "), ylabel="ASR (%)", ylim=(-2, 102))
+        axes.set_xlim(-near / 2, 2 * group[column].max())
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    legend(figure)
     return figure
 
 
-def line(axes: Axes, table: pd.DataFrame, x: str, y: str, marker: str, label: str) -> None:
+def line(axes: Axes, table: pd.DataFrame, x: str, y: str, **look: Any) -> None:
     """Means with 95 % intervals of the mean where there are several values."""
     runs = (100 * table.set_index(x)[y]).groupby(level=0)
     found, half = runs.mean(), runs.agg(half_width).fillna(0)
-    style: dict[str, Any] = {"marker": marker} if marker else {"linestyle": "--", "color": ORANGE}
-    axes.errorbar(found.index, found, yerr=half, label=label, capsize=2, **style)
+    axes.errorbar(found.index, found, yerr=half, capsize=2, **look)
+
+
+def legend(figure: Figure) -> None:
+    """One legend for all panels, each label once."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(list(found.values()), list(found), fontsize=7, loc="outside right upper")
 
 
 def curves(table: pd.DataFrame) -> Figure | None:
@@ -149,14 +213,16 @@ def curves(table: pd.DataFrame) -> Figure | None:
                 )
     if not found:
         return None
-    figure = Figure(figsize=(8, 2.2 * len(found)), layout="constrained")
+    names = list(dict.fromkeys(label for runs in found.values() for label, _ in runs))
+    size = (8 + 0.06 * max(map(len, names)), max(2.2 * len(found), 1 + 0.16 * len(names)))
+    figure = Figure(figsize=size, layout="constrained")
     for axes, (name, runs) in zip(
         figure.subplots(len(found), 1, squeeze=False)[:, 0], sorted(found.items()), strict=True
     ):
         for label, rows in runs:
             kept = rows[rows[name].notna()]
-            axes.plot(kept["epoch"], kept[name], label=label, linewidth=0.8)
+            look = style(names.index(label)) | sparse(len(kept))
+            axes.plot(kept["epoch"], kept[name], label=label, linewidth=0.8, **look)
         axes.set_title(name, fontsize=8)
-        if len(runs) <= 8:
-            axes.legend(fontsize=6)
+    legend(figure)
     return figure

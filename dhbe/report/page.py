@@ -20,6 +20,24 @@ from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""All of theirs that stand out on white."""
+MARKERS = "osv^Dpx*P<>X+d123"
+STROKES = ("-", "--", "-.", ":")
+
+
+def style(place: int) -> dict[str, Any]:
+    """Colour, marker and stroke of the line at this place; the first 119 differ."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": STROKES[place % len(STROKES)],
+    }
+
+
+def sparse(points: int) -> dict[str, Any]:
+    """A few small markers on a line of so many points."""
+    return {"markevery": max(1, points // 8), "markersize": 4}
 
 
 def write_page(folder: Path) -> Path:
@@ -129,16 +147,18 @@ def _curves(file: Path) -> str | None:
         return None
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, colour in (("val/acc", BLUE), ("val/asr", ORANGE)):
+    for place, name in enumerate(("val/acc", "val/asr")):
         if name in defense:
             points = defense[["epoch", name]].dropna()
-            left.plot(points["epoch"] + 1, 100 * points[name], "o-", color=colour, label=name)
+            left.plot(points["epoch"] + 1, 100 * points[name], label=name, **style(place))
     left.set(xlabel="epoch", ylabel="%", ylim=(-2, 102), title="purified network, test images")
     losses = [
         c for c in map(str, defense) if "/" in c and not c.startswith("val/") and defense[c].any()
     ]
-    for name in losses:
-        right.plot(defense["epoch"] + 1, defense[name], label=name)
+    for place, name in enumerate(losses):
+        right.plot(
+            defense["epoch"] + 1, defense[name], label=name, **style(place), **sparse(len(defense))
+        )
     right.set(xlabel="epoch", title="losses of the players")
     for axes in (left, right):
         axes.grid(color="#eeeeee")

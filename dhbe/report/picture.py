@@ -1,4 +1,4 @@
-"""``overview.png``: a run in one picture, for people who would rather look than read."""
+"""Results for people who would rather look than read: ``overview.png`` of a run, all attacks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -13,7 +14,9 @@ from dhbe.report.folder import read_metrics
 from dhbe.report.page import BLUE, ORANGE
 
 SHOWN = 6
-"""Test images in the picture."""
+"""Test images in the picture of a run."""
+EACH = 5
+"""Test images of each attack."""
 
 
 def write_overview(folder: Path) -> Path | None:
@@ -73,3 +76,41 @@ def _bars(panel: Any, folder: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_yticks([])
     axes.legend(frameon=False, ncols=2, loc="upper right")
+
+
+def gallery(table: pd.DataFrame) -> Figure | None:
+    """A row per data set and attack: clean test images, the same triggered; None without any."""
+    strips: dict[str, np.ndarray] = {}
+    attacked = table[table["attack"] != "none"]
+    for data, attack, folder in attacked[["data", "attack", "folder"]].to_numpy():
+        file = Path(folder) / "examples.npz"
+        if f"{attack}\n{data}" not in strips and file.exists():
+            found = dict(np.load(file))
+            if "triggered" in found:
+                strips[f"{attack}\n{data}"] = _strip(found["clean"], found["triggered"])
+    if not strips:
+        return None
+    room = 0.2 + 0.065 * max(len(line) for name in strips for line in name.split("\n"))  # inches
+    width, height = room + 1.4 * EACH, 0.3 + 0.75 * len(strips)
+    figure = Figure(figsize=(width, height))
+    edges = {"left": room / width, "right": 1, "bottom": 0.03 / height, "top": 1 - 0.27 / height}
+    rows = figure.subplots(len(strips), 1, squeeze=False, gridspec_kw=edges | {"hspace": 0.05})[
+        :, 0
+    ]
+    for axes, (name, pixels) in zip(rows, sorted(strips.items()), strict=True):
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_axis_off()
+        beside = {"transform": axes.transAxes, "fontsize": 7}
+        axes.text(-0.01, 0.5, name, ha="right", va="center", **beside)
+    for start, title in ((0, "clean"), (0.5, "triggered")):
+        rows[0].text(start, 1.05, title, fontsize=8, transform=rows[0].transAxes)
+    return figure
+
+
+def _strip(clean: np.ndarray, triggered: np.ndarray) -> np.ndarray:
+    """Images (N, C, H, W) uint8 -> one picture (H, W', C), or (H, W') of grey ones."""
+    shown = np.concatenate([clean[:EACH], triggered[:EACH]])
+    gap = max(1, shown.shape[3] // 16)
+    framed = np.pad(shown, [(0, 0)] * 3 + [(0, gap)], constant_values=255)
+    whole: np.ndarray = framed.transpose(2, 0, 3, 1).reshape(shown.shape[2], -1, shown.shape[1])
+    return whole.squeeze(axis=2) if whole.shape[2] == 1 else whole

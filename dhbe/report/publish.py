@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
+from dhbe.report.collect import OPTIONS, OPTIONS_FILE
+from dhbe.report.failed import SHOWN
 from dhbe.report.figures import figures
 from dhbe.report.page import data_url
 from dhbe.report.tables import compare, latex, markdown, matrix, ranking, summarize
 
 HIDDEN = ["case", "method", "folder"]
+"""Columns of runs that the page leaves out."""
 
 
 def write_report(
@@ -20,31 +24,41 @@ def write_report(
 ) -> dict[str, pd.DataFrame]:
     """Write the report of ``collect``'s table into ``out``; returns its tables by title.
 
-    ``results.csv`` and ``results.parquet`` (every run), ``tables.md``, ``tables.tex``, figures as
-    PNG, and ``index.html``, one self-contained page.
+    ``results.csv`` and ``results.parquet`` (every run), ``options.json`` (the options behind their
+    hashes), ``tables.md``, ``tables.tex``, figures as PNG, and ``index.html``, one self-contained
+    page.
 
     Args:
-        failed: ``collect.failures``.
+        failed: ``failures``; with an empty ``table`` the report is about these alone.
         extra: more tables by title.
     """
     out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "results.csv", index=False)
-    table.to_parquet(out / "results.parquet", index=False)
-    tables = {
-        "ACC / ASR by attack": matrix(table, failed=failed),
-        "RA / DER by attack": matrix(table, ("ra", "der"), failed),
-        "Ranks": ranking(table),
-        "Pairs of defenses": compare(table),
-        "Means over seeds": summarize(table),
+    options = {
+        name: found
+        for column in ("case", "method")
+        for name, found in zip(table[column], table[f"{column}_options"], strict=True)
+        if found
     }
-    tables |= extra | {"Failed": failed}
+    (out / OPTIONS_FILE).write_text(json.dumps(options, default=str))
+    runs = table.drop(columns=OPTIONS)
+    runs.to_csv(out / "results.csv", index=False)
+    runs.to_parquet(out / "results.parquet", index=False)
+    tables = {"ACC / ASR by attack": matrix(table, failed=failed)}
+    if len(table):
+        tables |= {
+            "RA / DER by attack": matrix(table, ("ra", "der"), failed),
+            "Ranks": ranking(table),
+            "Pairs of defenses": compare(table),
+            "Means over seeds": summarize(table),
+        }
+    tables |= extra | {"Failed or skipped": failed[SHOWN]}
     tables = {title: found for title, found in tables.items() if not found.empty}
     sections = [f"## {title}\n\n{markdown(found)}" for title, found in tables.items()]
     (out / "tables.md").write_text("\n".join(sections))
     parts = [f"% {title}\n{latex(found)}" for title, found in tables.items()]
     (out / "tables.tex").write_text("\n".join(parts))
     pictures = []
-    for name, caption, figure in figures(table):
+    for name, caption, figure in figures(table) if len(table) else ():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         (out / f"{name}.png").write_bytes(buffer.getvalue())
@@ -53,7 +67,8 @@ def write_report(
         loader=jinja2.PackageLoader("dhbe.report", "templates"), autoescape=True
     )
     page = environment.get_template("collection.html").render(
-        tables=tables | {"Every run": table.drop(columns=HIDDEN)}, pictures=pictures
+        tables=tables | {"Every run": runs.drop(columns=HIDDEN, errors="ignore")},
+        pictures=pictures,
     )
     (out / "index.html").write_text(page, encoding="utf-8")
     return tables

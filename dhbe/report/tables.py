@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from textwrap import shorten
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,10 @@ SHOWN = ("acc", "asr", "ra")
 RESAMPLES = 2000
 LEAST = 5
 """Victims that a bootstrap interval needs; with fewer it would be far too narrow."""
+CAUSES = (("failed", "error"), ("skipped", "message"))
+"""Outcomes without a result, and the column of ``failures`` that says why."""
+REASON = 100
+"""Characters of a cause in a cell; the table of failures has all."""
 
 
 def half_width(values: pd.Series) -> float:
@@ -62,13 +67,8 @@ def labels(table: pd.DataFrame) -> pd.DataFrame:
     table["attacked"] = [
         " ".join(str(v) for v in row if v) for row in table[[*several, *CASE[2:]]].to_numpy()
     ]
-    one_budget = table.groupby("defense")["budget"].nunique().le(1)
     table["method_name"] = [
-        " ".join(
-            [name, *([] if one_budget[name] else [f"({budget})"])]
-            + (["[oracle]"] if selection == "oracle" else [])
-            + ([variant] if variant else [])
-        )
+        f"{name} ({', '.join(v for v in (budget, selection) if v)}) {variant}".rstrip()
         for name, budget, selection, variant in table[METHOD].to_numpy()
     ]
     return table
@@ -82,26 +82,40 @@ def matrix(
     """Defenses down, attacks across; cells hold means over seeds of ``rates`` in percent, and n.
 
     Args:
-        failed: ``collect.failures``; an empty cell says ``failed`` with the error instead of
-            ``not run`` if a run of these names ended so.
+        failed: ``failures``; counted beside n, and where nothing finished told with the cause:
+            ``failed (error)``, ``skipped (reason)``. Without any of these it says ``not run``.
     """
-    table = labels(table)
-
-    def cell(group: pd.DataFrame) -> str:
-        columns = ["der" if r == "der" else f"purified_{r}" for r in rates]
-        text = " / ".join(interval(100 * group[c]) for c in columns)
-        return f"{text} (n={len(group)})" if len(group) > 1 else text
-
-    cells = {
-        key: cell(group) for key, group in table.groupby(["method_name", "attacked"], sort=False)
-    }
+    runs = table.assign(outcome="finished")
+    if failed is not None and len(failed):
+        runs = (
+            pd.concat([runs, failed], ignore_index=True) if len(runs) else failed.assign(der=None)
+        )
+    runs = labels(runs.assign(der=runs["der"].astype(float)))
+    columns = ["der" if r == "der" else f"purified_{r}" for r in rates]
+    groups = runs.groupby(["method_name", "attacked"], sort=False)
+    cells = {key: _cell(group, columns) for key, group in groups}
     wide = pd.Series(cells).unstack(fill_value="not run")
-    wide = wide.reindex(index=order(table), columns=sorted(wide.columns))
-    for run in [] if failed is None else failed.to_dict("records"):
-        row, column = run["defense"], run["attack"]
-        if row in wide.index and column in wide.columns and wide.loc[row, column] == "not run":
-            wide.loc[row, column] = f"failed ({run['error']})"
+    wide = wide.reindex(index=order(runs), columns=sorted(wide.columns))
     return wide.rename_axis(index="defense", columns=None).reset_index()
+
+
+def _cell(runs: pd.DataFrame, columns: list[str]) -> str:
+    """Text of a cell: means, how many values they are of, and what did not finish."""
+    finished = runs[runs["outcome"] == "finished"]
+    if finished.empty:
+        return "; ".join(_without_result(runs, *p) for p in CAUSES if p[0] in set(runs["outcome"]))
+    counts = [int(finished[c].notna().sum()) for c in columns]
+    known = {n for n in counts if n} or {0}
+    number = "/".join(map(str, counts if len(known) > 1 else known))
+    lost = runs["outcome"].value_counts().drop("finished")
+    others = "".join(f", {n} {outcome}" for outcome, n in sorted(lost.items()))
+    return f"{' / '.join(interval(100 * finished[c]) for c in columns)} (n={number}{others})"
+
+
+def _without_result(runs: pd.DataFrame, outcome: str, cause: str) -> str:
+    causes = runs.loc[runs["outcome"] == outcome, cause]
+    reasons = ", ".join(shorten(c, REASON, placeholder=" …") for c in causes.unique())
+    return f"{len(causes)} {outcome} ({reasons})" if len(causes) > 1 else f"{outcome} ({reasons})"
 
 
 def order(table: pd.DataFrame) -> list[str]:
@@ -186,33 +200,35 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
 
     The network may be another: both are named. ``band`` says whether ACC is within 1.5 points and
     ASR within 5 points, or within twice the published ASR where that is below 10 %; there is no
-    band for a published ASR between 20 and 80 %, which differs from seed to seed.
+    band for a published ASR between 20 and 80 %, which differs from seed to seed. ``_cpu`` at the
+    end of our names is ignored in the search.
 
     Args:
         published: columns source, data, model, attack, poison_rate, defense, acc, asr (percent).
     """
     keys = ["data", "attack", "poison_rate", "defense"]
-    table = table.assign(
-        defense=table["defense"].str.removesuffix("_cpu"),
-        attack=table["attack"].str.removesuffix("_cpu"),
-    )
+    ours = ["data", "attack", "attack_variant", "poison_rate", *METHOD]
     rows = []
-    for key, group in table.groupby([*keys, "model", "attack_variant", "defense_variant"]):
-        there = (published[keys] == list(key[:4])).all(axis=1)
+    for key, group in table.groupby([*ours, "model"]):
+        named = dict(zip(ours, key[:-1], strict=True))
+        sought = [named[k] for k in keys]
+        sought = [v.removesuffix("_cpu") if isinstance(v, str) else v for v in sought]
+        there = (published[keys] == sought).all(axis=1)
         for figure in published[there].to_dict("records"):
             acc, asr = (100 * group[f"purified_{r}"].mean() for r in ("acc", "asr"))
             reach = 2 * figure["asr"] if figure["asr"] < 10 else 5.0
             close = abs(acc - figure["acc"]) <= 1.5 and abs(asr - figure["asr"]) <= max(5.0, reach)
             band = "no band" if 20 <= figure["asr"] <= 80 else "inside" if close else "outside"
             rows.append(
-                dict(zip(keys, key[:4], strict=True))
-                | {"measured on": key[4], "n": len(group)}
+                named
+                | {"measured on": key[-1], "n": int(group["purified_asr"].count())}
                 | {r.upper(): interval(100 * group[f"purified_{r}"]) for r in ("acc", "asr")}
                 | {"published on": figure["model"]}
                 | {f"published {r.upper()}": figure[r] for r in ("acc", "asr")}
                 | {"band": band, "source": figure["source"]}
             )
-    return pd.DataFrame(rows)
+    found = pd.DataFrame(rows)
+    return without_empty(found, ["attack_variant", "defense_variant"]) if rows else found
 
 
 def markdown(table: pd.DataFrame) -> str:
