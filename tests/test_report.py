@@ -359,6 +359,7 @@ def test_figure_over_poison_rate_holds_everything_else(tmp_path: Path) -> None:
     assert one["dhbe (none, fixed) epochs=3"] == [(0.01, 1), (0.1, 10)]
     assert two["clp (none, fixed) epochs=5"] == [(0.01, 71), (0.1, 80)]
     assert one["victim"] == [(0.01, 75), (0.1, 75)]
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == set(one)
 
 
 def test_figure_over_clean_images_shows_methods_that_need_none(tmp_path: Path) -> None:
