@@ -23,6 +23,7 @@ GROUPS = ("data", "model", "attack", "budget", "defense", "victim", "trainer")
 """Config groups that every run chooses from."""
 SUPPLIED: dict[str, set[str]] = {
     "attack": {"spec"},
+    "logger": {"save_dir"},
     "model": {"classes", "channels", "image_size"},
 }
 """Parameters that the pipeline fills in, by config group."""
