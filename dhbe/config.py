@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException
@@ -23,6 +24,7 @@ GROUPS = ("data", "model", "attack", "budget", "defense", "victim", "trainer")
 """Config groups that every run chooses from."""
 SUPPLIED: dict[str, set[str]] = {
     "attack": {"spec"},
+    "logger": {"save_dir"},
     "model": {"classes", "channels", "image_size"},
 }
 """Parameters that the pipeline fills in, by config group."""
@@ -109,11 +111,29 @@ def fingerprint(value: Any) -> str:
 
 
 def cell(tree: dict[str, Any]) -> str:
-    """Name of a result: hash of everything in a config that can change it."""
+    """Name of a result: hash of everything in a config that can change it.
+
+    Where a machine keeps its data sets and this package is left out of it, for data sets of known
+    size; what others hold is only known by where they lie.
+    """
     kept = {k: v for k, v in tree.items() if k not in CELL_EXCLUDED}
+    data = kept.get("data")
+    if isinstance(data, dict) and data.get("train_size"):
+        roots = [tree["paths"]["data"], str(Path(__file__).parent)]
+        kept["data"] = data | {"source": _relative(data.get("source"), roots)}
     if isinstance(kept.get("trainer"), dict):
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k != "progress"}
     return fingerprint(kept)
+
+
+def _relative(node: Any, roots: list[str]) -> Any:
+    """The same node, paths in one of these folders relative to it."""
+    if isinstance(node, dict):
+        return {k: _relative(v, roots) for k, v in node.items()}
+    for root in roots:
+        if isinstance(node, str) and (node == root or node.startswith(f"{root}/")):
+            return node.removeprefix(root)
+    return node
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
         with processes.group(trainer.processes, trainer.device), result.claimed():
             if processes.agree(result.complete and not tree["force"]):
                 return reuse(result, tree)
-            with tracked(tree, choices) as logger:
+            with tracked(tree, choices, result.partial) as logger:
                 metrics, _ = compute(tree, parts, result, choices, logger)
             if processes.first():
                 show(metrics, result.path)

@@ -126,7 +126,7 @@ class Sweep(Callback):
     """
 
     def __init__(self, *, workers: int) -> None:
-        self.workers, self.limit = workers, False
+        self.workers, self.limit, self.group = workers, False, ""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register_resolvers()  # arrived in a worker, which has not imported run.py
@@ -156,6 +156,7 @@ class Sweep(Callback):
             plan.file.parent.mkdir(parents=True, exist_ok=True)
             write(plan.file, asdict(plan))
             bury(Path(plan.results))
+            self.group = plan.file.stem
         self.workers = workers(self.workers) if self.limit else config.hydra.launcher.get("n_jobs")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -171,6 +172,8 @@ class Sweep(Callback):
             pin(slot)
         if config.hydra.mode == RunMode.MULTIRUN:
             note(config)
+            if self.group:  # of a sweep without +sweep=NAME
+                os.environ.setdefault("WANDB_RUN_GROUP", self.group)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """In a sweep, record a failure instead of handing it on: other cells shall go on."""

@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hydra.utils import get_class, instantiate
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torchvision.utils import make_grid
 
 from dhbe import config, processes
 from dhbe.errors import ConfigError
 
 
+class _Rows(ExperimentWriter):
+    """Lightning's, but a resumed run goes on below its earlier rows, instead of deleting them."""
+
+    NAME_METRICS_FILE = "log.csv"
+
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        if file.exists():
+            with file.open(newline="") as rows:
+                self.metrics_keys = next(csv.reader(rows), [])
+
+    def save(self) -> None:
+        """Write what is new, into a folder that somebody may have deleted."""
+        if self.metrics:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            super().save()
+
+
+class RowsLogger(CSVLogger):
+    """A row per step in ``log.csv`` of the result folder."""
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """What writes the rows."""
+        if not isinstance(self._experiment, _Rows):
+            self._experiment = _Rows(log_dir=self.log_dir)
+        return self._experiment
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The result folder has its config."""
+
+
 @contextmanager
-def tracked(tree: dict[str, Any], choices: Mapping[str, str]) -> Iterator[Logger | None]:
+def tracked(
+    tree: dict[str, Any], choices: Mapping[str, str], folder: Path
+) -> Iterator[Logger | None]:
     """The config's logger, told the config and closed at the end, so that the next run has its own.
 
     A cell continues the entry of its name: a killed and resumed one is one entry. At wandb its
     group is the sweep, its tags are the choices in the config groups.
+
+    Args:
+        folder: of the result, while it is made.
 
     Raises:
         ConfigError: the logger's package is not installed.
@@ -31,9 +71,11 @@ def tracked(tree: dict[str, Any], choices: Mapping[str, str]) -> Iterator[Logger
         yield None
         return
     name = config.cell(tree)
-    is_wandb = issubclass(get_class(node["_target_"]), WandbLogger)
+    kind = get_class(node["_target_"])
     place: dict[str, Any] = {"name": "", "version": name}
-    if is_wandb:
+    if issubclass(kind, RowsLogger):
+        place = {"name": "", "version": "", "save_dir": str(folder)}
+    if issubclass(kind, WandbLogger):
         kinds = ("data", "model", "attack", "defense", "budget")
         tags = [f"{k}:{choices[k]}" for k in kinds if choices.get(k)]
         title = f"{choices.get('attack')} {choices.get('defense')} seed {tree['seed']}"
@@ -74,3 +116,4 @@ def report(logger: Logger | None, metrics: dict[str, Any], pictures: dict[str, n
             logger.log_image(f"pictures/{name}", [grid.permute(1, 2, 0).numpy()])
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(f"pictures/{name}", grid)
+    logger.save()  # the folder is about to get its final name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CONF, names
+from conftest import CONF, ROOT, names
 
 from dhbe.config import SUPPLIED, cell, errors_in, plain, schema, validate
 from dhbe.errors import BudgetError, ConfigError
@@ -118,3 +118,26 @@ def test_schema_reads_annotations() -> None:
     parameters = schema(Schedule)
     assert parameters["epochs"].required
     assert set(parameters) >= {"epochs", "batch_size", "learning_rate", "schedule"}
+
+
+def test_a_cell_is_the_same_on_another_mount(
+    compose_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def name(*overrides: str) -> str:
+        return cell(plain(compose_config(*overrides)))
+
+    for data in ("cifar10", "tiny_imagenet"):
+        here, there = (name(f"data={data}", f"paths.data={p}") for p in ("/here", "/mnt/there"))
+        assert here == there
+    own = name("data=cifar10", "data.source.otherwise.root=/mine", "paths.data=/here")
+    assert own != name("data=cifar10", "paths.data=/here"), "not the usual files"
+    files = ["data=image_parquet", "data.classes=2", "data.source.train=a", "data.source.test=b"]
+    assert name(*files, "paths.data=/here") != name(*files, "paths.data=/there"), "other images"
+    folders = [name("data=image_folder", "data.classes=2", f"data.source.root=/{x}") for x in "ab"]
+    assert len(set(folders)) == 2
+    before = name("data=cifar10_mini")
+    tree = plain(compose_config("data=cifar10_mini"))
+    package = str(ROOT / "dhbe")
+    tree["data"]["source"]["root"] = tree["data"]["source"]["root"].replace(package, "/x/dhbe")
+    monkeypatch.setattr("dhbe.config.__file__", "/x/dhbe/config.py")
+    assert cell(tree) == before

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -223,16 +224,18 @@ def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> N
 
 
 def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path) -> None:
-    command = [sys.executable, "run.py", "-m", *TINY, "seed=0", *places(tmp_path)]
-    both = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=-3)
-        for _ in range(2)
-    ]
+    cells = [*TINY, "victim.learning_rate=0.05,0.1,0.15", *places(tmp_path)]
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    if find_spec("hydra_plugins.hydra_joblib_launcher") is None:
+        joblib = []
+    both = [started(*cells), started(*joblib, *cells)]
     shown = "".join(p.communicate()[0] for p in both)
     assert [p.returncode for p in both] == [0, 0]
-    assert shown.count("(report.html inside)") == 1
-    assert shown.count("(already there;") == 1
-    assert len(list((tmp_path / "results").glob("*/metrics.json"))) == 1
+    assert shown.count("(report.html inside)") == 3
+    assert shown.count("(already there;") == 3
+    done = {f.parent for f in (tmp_path / "results").glob("*/metrics.json")}
+    assert len(done) == 3
+    assert all(shown.count(f"{f} (report.html inside)") == 1 for f in done)
 
 
 def test_joblib_gives_the_numbers_of_basic(swept: tuple[Path, Any], tmp_path: Path) -> None:
@@ -285,6 +288,7 @@ def test_every_sweep_says_what_it_is_for(name: str) -> None:
     text = (CONF / "sweep" / f"{name}.yaml").read_text()
     assert all(f"# {word}: " in text for word in ("Claim", "Command"))
     assert "Cost: " in text
+    assert re.search(r"# .*\bExpectation\b.*: .*\d|Expectation: docs/results/", text)
 
 
 def test_quick_is_small_and_reproducible() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
+from test_launch import job
 
 from dhbe.config import cell, plain
 from dhbe.errors import ConfigError
+from dhbe.sweep import Sweep
 from dhbe.tracking import report, tracked
 
 METRICS = {
@@ -32,7 +35,7 @@ Compose = Callable[..., DictConfig]
 
 
 def run(tree: dict[str, Any], choices: dict[str, str] = CHOICES) -> None:
-    with tracked(tree, choices) as logger:
+    with tracked(tree, choices, Path(tree["paths"]["results"]) / "partial") as logger:
         assert logger is not None
         logger.log_metrics({"student/distill": 0.5}, step=1)
         report(logger, METRICS, PICTURES)
@@ -53,6 +56,23 @@ def records(file: Path) -> Iterator[Any]:
         if kind in (1, 4):  # a whole message, or the last part of one
             yield pb.Record.FromString(message)
             message = b""
+
+
+def test_wandb_groups_the_cells_of_a_sweep_without_name(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "before")
+    monkeypatch.delenv("WANDB_RUN_GROUP")
+    callback = Sweep(workers=0)
+    callback.group = "sweep-0123"
+    callback = pickle.loads(pickle.dumps(callback))  # as it travels to a worker
+    callback.on_job_start(job(tmp_path / "abc"))
+    nameless = {k: v for k, v in CHOICES.items() if k != "sweep"}
+    run(plain(compose_config("logger=wandb", "logger.offline=true")), nameless)
+    (file,) = tmp_path.rglob("run-*.wandb")
+    (about,) = [r.run for r in records(file) if r.WhichOneof("record_type") == "run"]
+    assert about.run_group == "sweep-0123"
 
 
 def test_wandb_offline(compose_config: Compose, tmp_path: Path) -> None:
@@ -85,12 +105,34 @@ def test_wandb_offline(compose_config: Compose, tmp_path: Path) -> None:
     assert seeds == {0, 1}
 
 
-def test_csv(compose_config: Compose, tmp_path: Path) -> None:
-    tree = plain(compose_config("logger=csv"))
-    run(tree)
-    table = pd.read_csv(tmp_path / "results" / "csv" / cell(tree) / "metrics.csv")
+def test_csv_is_the_default_and_keeps_the_rows_of_a_killed_attempt(
+    compose_config: Compose, tmp_path: Path
+) -> None:
+    tree = plain(compose_config())
+    assert cell(tree) == cell(plain(compose_config("logger=none")))
+    folder = tmp_path / "partial"
+    with pytest.raises(InterruptedError), tracked(tree, CHOICES, folder) as logger:
+        killed(logger)
+    with tracked(tree, CHOICES, folder) as logger:
+        assert logger is not None
+        logger.log_metrics({"student/distill": 0.25}, step=2)
+        logger.log_metrics({"val/acc": 0.9}, step=2)
+        report(logger, METRICS, PICTURES)
+        folder.rename(tmp_path / "abc")  # the result gets its name
+    table = pd.read_csv(tmp_path / "abc" / "log.csv")
+    assert table["student/distill"].dropna().tolist() == [0.75, 0.5, 0.25]
+    assert table["val/acc"].dropna().tolist() == [0.9]
     assert table["purified/asr"].dropna().tolist() == [0.1]
-    assert table["student/distill"].dropna().tolist() == [0.5]
+    assert not folder.exists(), "closing writes nothing more"
+    assert [f.name for f in (tmp_path / "abc").iterdir()] == ["log.csv"]
+
+
+def killed(logger: Any) -> None:
+    """Two epochs, as Lightning logs them."""
+    for step, value in enumerate((0.75, 0.5)):
+        logger.log_metrics({"student/distill": value}, step=step)
+        logger.save()
+    raise InterruptedError
 
 
 def test_tensorboard(compose_config: Compose, tmp_path: Path) -> None:
@@ -113,7 +155,7 @@ def test_a_logger_that_is_not_installed(
     tree = plain(compose_config("logger=tensorboard"))
     with (
         pytest.raises(ConfigError, match=r"logger=tensorboard: .*dhbe\[tensorboard\]"),
-        tracked(tree, {"logger": "tensorboard"}),
+        tracked(tree, {"logger": "tensorboard"}, Path("nowhere")),
     ):
         pass
 
