@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from dhbe.errors import ConfigError, DHBEError, got
+from dhbe.errors import ConfigError, DHBEError, got, out_of_memory
 
 TARGET = "_target_"
 GROUPS = ("data", "model", "attack", "budget", "defense", "victim", "trainer")
@@ -192,10 +192,10 @@ def build(node: dict[str, Any], **supplied: Any) -> Any:
     given = {k: _built(v) for k, v in node.items() if k != TARGET}
     try:
         return get_object(node[TARGET])(**given, **supplied)
-    except (DHBEError, MemoryError, OSError):
+    except (DHBEError, OSError):
         raise
     except Exception as error:
-        if "OutOfMemory" in type(error).__name__:
+        if out_of_memory(error):
             raise
         raise ConfigError(f"{node[TARGET]}: {error}") from error
 

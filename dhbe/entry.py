@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dhbe.errors import ConfigError, DHBEError
+from dhbe.errors import ConfigError, DHBEError, out_of_memory
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LAUNCHERS = ("joblib", "submitit", "ray")
@@ -116,11 +116,7 @@ def _complain(message: str) -> None:
 def _advice(error: Exception) -> str:
     """What to do about a failure of the machine; empty for errors of the program."""
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if (
-        isinstance(error, MemoryError)
-        or "OutOfMemory" in type(error).__name__
-        or (isinstance(error, RuntimeError) and "allocate memory" in said)
-    ):
+    if out_of_memory(error):
         return f"out of memory ({said}); lower defense.batch_size or victim.batch_size"
     if isinstance(error, OSError):  # Hydra makes the output folder before the pipeline starts
         return f"{said}; free space, or choose a writable hydra.run.dir"

@@ -35,3 +35,12 @@ def got(key: str, value: object, allowed: str, remedy: str = "") -> ConfigError:
     """ConfigError in the project's one form: key, value, what is allowed, what to do."""
     tail = f"; {remedy}" if remedy else ""
     return ConfigError(f"{key}={value}: expected {allowed}{tail}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or this machine has no memory left; torch says so in several ways."""
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in type(error).__name__
+        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dhbe.attack import Attack
 from dhbe.data import ImageSet, to_float
+from dhbe.errors import out_of_memory
 from dhbe.metrics import Predictions, Truth, rates
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ class Evaluator:
         while True:
             try:
                 return self._predict(network, torch.arange(len(self.test))[:limit], size)
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not out_of_memory(error):
                     raise
                 size //= 2
                 log.warning("out of memory; evaluating with batches of %d", size)

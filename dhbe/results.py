@@ -183,7 +183,10 @@ class ResultFolder:
         shutil.rmtree(self.older, ignore_errors=True)
 
     def discard_empty(self) -> None:
-        """Remove the folder that Hydra made if nothing came of it."""
+        """Remove what is empty: the folder that Hydra made, a working folder that was not used."""
+        with suppress(OSError):
+            if [p.name for p in self.partial.iterdir()] == [CELL]:
+                shutil.rmtree(self.partial)
         with suppress(OSError):  # gone, or filled by another process in this very moment
             self.path.rmdir()
 

@@ -20,7 +20,7 @@ from conftest import ROOT, make_spec, small
 from PIL import Image
 from test_cli import TINY, metrics, run
 
-from dhbe import pipeline
+from dhbe import pipeline, results
 from dhbe.checkpoint import CheckpointFile
 from dhbe.data import OwnImages, Resident
 from dhbe.errors import ArtefactError, DataError
@@ -154,6 +154,20 @@ def test_a_clock_that_is_set_back_does_no_harm(tmp_path: Path, compose_config, m
     assert again == json.loads(json.dumps(found))
 
 
+def test_the_remains_of_another_run_are_not_continued(tmp_path: Path) -> None:
+    folder = results.ResultFolder(tmp_path / "out")
+    state = folder.open("one") / "training" / "last.ckpt"
+    state.parent.mkdir()
+    state.touch()
+    folder.discard_empty()
+    assert folder.open("one") == folder.partial
+    assert state.exists(), "the same run goes on"
+    folder.open("another")
+    assert not state.exists()
+    folder.discard_empty()
+    assert not folder.partial.exists()
+
+
 @pytest.mark.parametrize("change", ["deleted", "replaced"])
 def test_a_checkpoint_gone_at_the_end_costs_no_weights(
     tmp_path: Path, compose_config, monkeypatch, change: str
@@ -179,7 +193,15 @@ def test_a_checkpoint_gone_at_the_end_costs_no_weights(
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluation_halves_its_batch_when_memory_runs_out() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_evaluation_halves_its_batch_when_memory_runs_out(error: RuntimeError) -> None:
     class Small(torch.nn.Module):
         """A device with room for 100 images."""
 
@@ -189,7 +211,7 @@ def test_evaluation_halves_its_batch_when_memory_runs_out() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if len(x) > 100:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return x.mean((2, 3))
 
     pixels = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8)

@@ -310,13 +310,14 @@ def test_bf16_moves_still_learn_with_fresh_weights() -> None:
         assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.4, name
 
 
-def test_divergence_keeps_the_last_good_student(caplog) -> None:
+@pytest.mark.parametrize("player", ["student", "generator", "trigger_network"])
+def test_divergence_keeps_the_last_good_student(player: str, caplog) -> None:
     game = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64), epochs=4, moves=1)
 
     class Poison(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module) -> None:
             if trainer.current_epoch == 2:
-                next(pl_module.student.parameters()).data.fill_(float("nan"))
+                next(getattr(pl_module, player).parameters()).data.fill_(float("nan"))
 
     play(game, iterations=1, epochs=4, callbacks=[Poison()])
     assert game.diverged_at == 2
