@@ -53,8 +53,8 @@ class InputAware(Attack):
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
-        self.density, self.density_weight = density, density_weight
-        self.diversity_weight = diversity_weight
+        self.density = density
+        self.density_weight, self.diversity_weight = density_weight, diversity_weight
         self.mask_schedule, self.pattern_schedule = mask_schedule, pattern_schedule
         channels = self.spec.channels
         with fork(network_seed):
@@ -138,8 +138,7 @@ class InputAware(Attack):
         p_own, p_other = patterns.split([len(own), len(other)])
         with torch.no_grad():
             m_own, m_other = self.masks(torch.cat([own, other])).split([len(own), len(other)])
-        base = x[cover]
-        images = x.clone()
+        images, base = x.clone(), x[cover]
         images[poison] = (own + (p_own - own) * m_own).to(x.dtype)
         images[cover] = (base + (p_other - base) * m_other).to(x.dtype)
         loss = F.cross_entropy(network(images), self.relabel(y, code))

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from dhbe.attack import Attack, Poisoning, quantize
 from dhbe.data import ImageSet, TrainingBatches, to_float
+from dhbe.losses import pyramid
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
 from dhbe.rng import fork, generator
@@ -26,7 +27,7 @@ SECRET_SIDE = 32
 
 log = logging.getLogger(__name__)
 BITS_READ = 0.95
-"""Share of the bits that a decoder has to read for the encoder to count as trained."""
+"""Share that a decoder has to read; the official code trains the encoder until it does."""
 
 
 class ISSBA(Attack):
@@ -105,21 +106,13 @@ class ISSBA(Attack):
         module = Supervised(both, batches, self.schedule, role="encoder", loss=loss)
         own.fit(module, batches, epochs=self.schedule.epochs)
         both.eval().requires_grad_(False)
-        self._check(to_float(part.subset(torch.arange(min(256, count))).resident().images), own)
-
-    @torch.no_grad()
-    def _check(self, x: Tensor, runtime: Runtime) -> None:
-        """Say how many bits can be read; the official code trains until it is 95 %."""
-        rng = runtime.rng("issba check")
-        bits = torch.rand((len(x), len(self.secret)), generator=rng).round()
-        x, sent = x.to(runtime.device, runtime.dtype), bits.to(runtime.device, runtime.dtype)
-        read = self.decoder(quantize(x + self.encoder(x, sent))) > 0
-        right = float((read == sent.bool()).float().mean())
-        log.log(
-            logging.WARNING if right < BITS_READ else logging.INFO,
-            "issba: the decoder reads %.1f %% of the bits",
-            100 * right,
-        )
+        some = part.subset(torch.arange(min(256, count))).resident().images
+        x = to_float(some).to(own.device, own.dtype)
+        with torch.no_grad():
+            read = self.decoder(quantize(self.trigger(x, y=x, index=x))) > 0
+        right = float((read == self.secret.bool()).float().mean())
+        if right < BITS_READ:
+            log.warning("issba: the decoder reads %.1f %% of the secret's bits", 100 * right)
 
     def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
         del y, index
@@ -157,9 +150,3 @@ def decoder(channels: int, bits: int) -> nn.Sequential:
         layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(256, bits))
-
-
-def pyramid(residual: Tensor) -> Tensor:
-    """Mean squared error over three scales."""
-    scales = (residual, F.avg_pool2d(residual, 2), F.avg_pool2d(residual, 4))
-    return torch.stack([s.square().mean() for s in scales]).mean()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def _neighbour_differences(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,3 +53,9 @@ def diversity(x: Tensor, made: Tensor, shift: int = 1) -> Tensor:
         t.float().square().mean(dim=(1, 2, 3)).add(1e-12).sqrt() for t in (apart_x, apart)
     )
     return (rms_x / (rms + 1e-7)).mean()
+
+
+def pyramid(residual: Tensor) -> Tensor:
+    """Mean squared error over three scales."""
+    scales = (residual, F.avg_pool2d(residual, 2), F.avg_pool2d(residual, 4))
+    return torch.stack([s.square().mean() for s in scales]).mean()
