@@ -10,6 +10,7 @@ not installed is skipped, and said. Exit status 1 if anything differs from what 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -201,6 +202,14 @@ def trial(launcher: str, folder: Path, cells: list[str]) -> tuple[dict[str, Any]
     return found, good
 
 
+def continued(folder: Path) -> bool:
+    """Whether no epoch of the victim was trained twice; ``log.csv`` has all attempts' rows."""
+    (log,) = (folder / "results").glob("[0-9a-f]*/log.csv")
+    with log.open(newline="") as rows:
+        steps = [int(row["step"]) for row in csv.DictReader(rows) if row["victim/loss"]]
+    return len(steps) > 1 and steps == sorted(set(steps))
+
+
 def preempt(folder: Path) -> bool:
     """Whether a cell that gets the signal of a preemption is queued again and continues."""
     cell = ["trainer.threads=1", "defense=clp", "seed=0"]
@@ -215,10 +224,14 @@ def preempt(folder: Path) -> bool:
         _, errors = process.communicate()
     logs = "".join(f.read_text() for f in folder.rglob("*_log.*"))
     good = process.returncode == 0 and "this job is preempted" in logs and len(numbers(folder)) == 1
-    print(f"preempt: exit status {process.returncode}, queued again: {'preempted' in logs}")
+    went_on = good and continued(folder)
+    print(
+        f"preempt: exit status {process.returncode}, queued again: {'preempted' in logs}, "
+        f"went on from its checkpoint: {went_on}"
+    )
     if not good:
         print(errors[-2000:], logs[-3000:])
-    return good
+    return went_on
 
 
 def main() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from omegaconf import DictConfig
 from test_launch import job
 
+from benchmarks.clusters import continued
 from dhbe.config import cell, plain
 from dhbe.errors import ConfigError
 from dhbe.sweep import Sweep
@@ -58,6 +64,17 @@ def records(file: Path) -> Iterator[Any]:
             message = b""
 
 
+def written(file: Path) -> list[Any]:
+    """All records; wandb's own process may still be writing when a run has been finished."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        found = list(records(file))
+        if any(r.WhichOneof("record_type") == "exit" for r in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file}: never closed")
+
+
 def test_wandb_groups_the_cells_of_a_sweep_without_name(
     compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +88,7 @@ def test_wandb_groups_the_cells_of_a_sweep_without_name(
     nameless = {k: v for k, v in CHOICES.items() if k != "sweep"}
     run(plain(compose_config("logger=wandb", "logger.offline=true")), nameless)
     (file,) = tmp_path.rglob("run-*.wandb")
-    (about,) = [r.run for r in records(file) if r.WhichOneof("record_type") == "run"]
+    (about,) = [r.run for r in written(file) if r.WhichOneof("record_type") == "run"]
     assert about.run_group == "sweep-0123"
 
 
@@ -83,7 +100,7 @@ def test_wandb_offline(compose_config: Compose, tmp_path: Path) -> None:
     assert len({f.name for f in files}) == 2, "each run has its own entry: the first was closed"
     seeds = set()
     for file in files:
-        found = list(records(file))
+        found = written(file)
         (about,) = [r.run for r in found if r.WhichOneof("record_type") == "run"]
         assert about.run_group == "quick"
         assert set(about.tags) >= {"attack:badnets", "defense:clp"}
@@ -99,9 +116,6 @@ def test_wandb_offline(compose_config: Compose, tmp_path: Path) -> None:
         assert (history["victim/asr"], history["purified/asr"]) == (1.0, 0.1)
         assert "victim/asr_conditional" not in history
         assert any(k.startswith("pictures/patches_0001") for k in history)
-        assert found[-1].WhichOneof("record_type") == "exit" or any(
-            r.WhichOneof("record_type") == "exit" for r in found
-        )
     assert seeds == {0, 1}
 
 
@@ -125,6 +139,29 @@ def test_csv_is_the_default_and_keeps_the_rows_of_a_killed_attempt(
     assert table["purified/asr"].dropna().tolist() == [0.1]
     assert not folder.exists(), "closing writes nothing more"
     assert [f.name for f in (tmp_path / "abc").iterdir()] == ["log.csv"]
+
+
+def test_rows_of_a_run_that_was_really_killed(tmp_path: Path) -> None:
+    epochs = 12
+    tiny = ["data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "trainer.threads=1"]
+    command = [sys.executable, str(ROOT / "run.py"), *tiny, f"victim.epochs={epochs}"]
+    command += ["defense=clp", f"paths.victims={tmp_path}/v", f"paths.results={tmp_path}/results"]
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env)
+    while process.poll() is None and not list(tmp_path.glob("v/.*.partial/last.ckpt")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not logs(tmp_path), "it was killed in mid-training"
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert continued(tmp_path)
+    (file,) = logs(tmp_path)
+    table = pd.read_csv(file)
+    assert len(table["victim/loss"].dropna()) >= epochs - 1, "a kill may come just before a row"
+
+
+def logs(folder: Path) -> list[Path]:
+    return list((folder / "results").glob("[0-9a-f]*/log.csv"))
 
 
 def killed(logger: Any) -> None:
