@@ -228,7 +228,8 @@ def main() -> None:
     print("| file | ACC before | ASR before | ACC after | ASR after |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         sizes = {"classes": data.spec.classes, "image_size": data.spec.image_size}
-        files = save_all(network.network.eval(), Path(name), **sizes)
+        plain = network.network.eval().to(memory_format=torch.contiguous_format)
+        files = save_all(plain, Path(name), **sizes)
         for i, (description, file) in enumerate(files.items()):
             out = Path(name) / f"out{i}"
             task = ["task=purify", f"checkpoint={file}", *VICTIM, *options.overrides]
