@@ -140,6 +140,18 @@ def test_files_answer_what_the_config_leaves_open(tmp_path: Path, compose_config
     assert tree["victim"]["assumed"] == []
 
 
+def test_the_metadata_of_safetensors_answers_too(tmp_path: Path, compose_config) -> None:
+    from dhbe.config import plain
+
+    said = {"mean": "[0.1, 0.2, 0.3]", "std": "[0.5,0.5,0.5]", "image_size": "16"}
+    file = tmp_path / "given.safetensors"
+    save_file(small(1).network.state_dict(), file, said | {"stem_stride": "2"})
+    tree, _ = completed(plain(compose_config("task=purify", f"checkpoint={file}")), {})
+    assert tree["data"]["normalization"] == {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    assert tree["data"]["image_size"] == 16
+    assert tree["victim"]["assumed"] == []
+
+
 def test_what_is_not_known_is_said(tmp_path: Path, compose_config) -> None:
     from dhbe.config import plain
 

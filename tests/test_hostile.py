@@ -9,6 +9,7 @@ import pytest
 from benchmarks.hostile import FILES, MARK, verdicts
 from dhbe.checkpoint import Checkpoint
 from dhbe.data.images import decode
+from dhbe.data.sources import Parquet
 from dhbe.errors import DHBEError
 
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
@@ -42,6 +43,10 @@ def test_what_fuzzing_found_stays_mended(file: Path) -> None:
     def read() -> None:
         if file.name.startswith("image"):
             decode(file.name, file.read_bytes(), 3, 8)
+            return
+        if file.name.startswith("parquet"):
+            source = Parquet(root=str(CORPUS[0].parent), train=file.name, test="")
+            source.load("train", channels=3, size=8, stream=False)
             return
         checkpoint = Checkpoint(file)
         for key in checkpoint.places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Checkpoint:
         self.original = {k.removeprefix(prefix): k for k in inside}
         self.others = {k: p for k, p in found.items() if not k.startswith(prefix)}
         self._last: tuple[str, bytearray] = ("", bytearray())
-        self.facts = dict(facts(self.file.content)) | self.file.metadata
+        said = {k: listed(v) for k, v in self.file.metadata.items()}
+        self.facts = dict(facts(self.file.content)) | said
         if sum(p.nbytes for p in found.values()) > 2 * path.stat().st_size:
             raise ArtefactError(
                 f"victim.path={path}: its tensors claim more than the file holds; not read"
@@ -180,6 +182,16 @@ def wrapper(keys: Mapping[str, Any]) -> str:
             break
         found = best
     return found
+
+
+def listed(text: str) -> Any:
+    """The numbers of a text like ``[0.5, 0.5]``, which is how safetensors can hold them."""
+    if not re.fullmatch(r"\[[\d.,\s]{1,100}\]", text, re.ASCII):
+        return text
+    try:
+        return [float(n) for n in text.strip("[]").split(",")]
+    except ValueError:
+        return text
 
 
 def facts(content: Any) -> Iterator[tuple[str, Any]]:

@@ -89,8 +89,14 @@ class Parquet(Source):
 
 def _read(file: Path) -> pa.Table:
     try:
-        return pq.read_table(file, columns=["image", "label"])
-    except (pa.ArrowException, OSError, KeyError) as error:
+        table = pq.read_table(file, columns=["image", "label"])
+        images, labels = (table.column(c).combine_chunks() for c in ("image", "label"))
+        images.field("bytes")
+        images.field("path").to_pylist()  # a name that is no text fails here, not in a message
+        if labels.null_count or not pa.types.is_integer(labels.type):
+            raise ValueError("labels that are not whole numbers")
+        return table
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not a readable image table ({error}); fetch it anew") from error
 
 
