@@ -183,10 +183,7 @@ class ResultFolder:
         shutil.rmtree(self.older, ignore_errors=True)
 
     def discard_empty(self) -> None:
-        """Remove what is empty: the folder that Hydra made, a working folder that was not used."""
-        with suppress(OSError):
-            if [p.name for p in self.partial.iterdir()] == [CELL]:
-                shutil.rmtree(self.partial)
+        """Remove the folder that Hydra made, if nothing came into it."""
         with suppress(OSError):  # gone, or filled by another process in this very moment
             self.path.rmdir()
 
@@ -211,7 +208,14 @@ class ResultFolder:
                 self._recover()
             yield
         finally:
+            self._discard_unused()
             lock.release()
+
+    def _discard_unused(self) -> None:
+        """Remove a working folder that holds its mark alone; only who holds the lock may."""
+        with suppress(OSError):
+            if [p.name for p in self.partial.iterdir()] == [CELL]:
+                shutil.rmtree(self.partial)
 
     def _recover(self) -> None:
         """Tidy up after a process that was killed while it replaced an older result."""

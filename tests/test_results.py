@@ -12,9 +12,10 @@ from conftest import small
 from omegaconf import DictConfig
 from test_cli import TINY
 
+from dhbe.config import cell, plain
 from dhbe.data import Resident, TrainingBatches
 from dhbe.errors import DHBEError
-from dhbe.pipeline import run
+from dhbe.pipeline import completed, run
 from dhbe.results import ResultFolder
 from dhbe.runtime import Runtime, Stopwatch
 from dhbe.training import Schedule, Supervised
@@ -24,8 +25,18 @@ from dhbe.types import DataSpec
 def result(path: Path, text: str) -> ResultFolder:
     """A finished result in the working folder."""
     found = ResultFolder(path)
-    (found.open() / "metrics.json").write_text(text)
+    (found.open("cell") / "metrics.json").write_text(text)
     return found
+
+
+def test_only_who_holds_the_lock_removes_an_unused_working_folder(tmp_path: Path) -> None:
+    """A run that was refused must not take away what another one has just begun."""
+    mine, others = ResultFolder(tmp_path / "abc"), ResultFolder(tmp_path / "abc")
+    with mine.claimed():
+        work = mine.open("cell")
+        others.discard_empty()
+        assert work.is_dir()
+    assert not work.exists()
 
 
 def test_a_refusal_inside_the_run_is_not_about_the_folder(
@@ -81,7 +92,8 @@ def test_seconds_of_killed_attempts_count(
     """Checkpoints of a killed run lie there, with the seconds that it took."""
     cfg = compose_config(*TINY, "defense=finetune", "defense.schedule.epochs=1", "budget=pct5")
     folder = tmp_path / "results" / "abc"
-    work = ResultFolder(folder).open() / "training"
+    tree, _ = completed(plain(cfg), {"model": "m"})
+    work = ResultFolder(folder).open(cell(tree)) / "training"
     work.mkdir()
     (work / "seconds").write_text("2000.0")
     assert 2000 < run(cfg, folder, {"model": "m"})["seconds"]["defense"] < 3000
