@@ -23,11 +23,9 @@ from dhbe.types import Batch
 
 SECRET_SIDE = 32
 """Side of the secret's picture before it is enlarged to the image."""
-
-
-log = logging.getLogger(__name__)
 BITS_READ = 0.95
 """Share that a decoder has to read; the official code trains the encoder until it does."""
+log = logging.getLogger(__name__)
 
 
 class ISSBA(Attack):
@@ -46,9 +44,8 @@ class ISSBA(Attack):
         schedule: training of encoder and decoder (official: 20 epochs, Adam 1e-4).
     """
 
-    secret: Tensor
-
     portable = False
+    secret: Tensor
 
     def __init__(
         self,

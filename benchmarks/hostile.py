@@ -71,9 +71,13 @@ def rezipped(path: Path, change: Callable[[str, bytes], bytes | None], **extra: 
             target.writestr(name, raw)
 
 
-def with_pickle(path: Path, raw: bytes) -> None:
-    """A saved state dict with another data.pkl."""
-    rezipped(path, lambda name, old: raw if name.endswith("data.pkl") else old)
+def pickled(description: str, raw: bytes) -> None:
+    """Register a saved state dict with this data.pkl."""
+
+    def change(name: str, old: bytes) -> bytes:
+        return raw if name.endswith("data.pkl") else old
+
+    hostile(description)(lambda path: rezipped(path, change))
 
 
 def safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
@@ -141,68 +145,54 @@ hostile("the same in the format before 1.6")(
     lambda p: torch.save(Payload(), p, _use_new_zipfile_serialization=False)
 )
 hostile("pickle calls eval")(lambda p: torch.save([Evaluated()], p))
-hostile("pickle fetches exec with getattr")(
-    lambda p: with_pickle(p, b"c__builtin__\ngetattr\n(c__builtin__\n__dict__\nS'exec'\ntR.")
+pickled(
+    "pickle fetches exec with getattr",
+    b"c__builtin__\ngetattr\n(c__builtin__\n__dict__\nS'exec'\ntR.",
 )
 hostile("bare pickle with payload, no torch.save")(lambda p: p.write_bytes(pickle.dumps(Payload())))
-hostile("payload named by STACK_GLOBAL (protocol 4)")(
-    lambda p: with_pickle(p, pickle.dumps(Payload(), protocol=4))
+pickled("payload named by STACK_GLOBAL (protocol 4)", pickle.dumps(Payload(), protocol=4))
+pickled("payload by INST opcode", b"(S'touch EXECUTED'\nios\nsystem\n.")
+pickled("payload by OBJ opcode", b"(cos\nsystem\nS'touch EXECUTED'\no.")
+pickled(
+    "name with dots inside a harmless module", b"\x80\x04\x8c\x05numpy\x8c\x0fcore.os.system1\x93."
 )
-hostile("payload by INST opcode")(lambda p: with_pickle(p, b"(S'touch EXECUTED'\nios\nsystem\n."))
-hostile("payload by OBJ opcode")(lambda p: with_pickle(p, b"(cos\nsystem\nS'touch EXECUTED'\no."))
-hostile("name with dots inside a harmless module")(
-    lambda p: with_pickle(p, b"\x80\x04\x8c\x05numpy\x8c\x0fcore.os.system1\x93.")
-)
-hostile("torch function that allocates on call")(
-    lambda p: with_pickle(p, b"ctorch\nempty\n(I1000000000000\ntR.")
-)
+pickled("torch function that allocates on call", b"ctorch\nempty\n(I1000000000000\ntR.")
 hostile("a whole pickled module")(lambda p: torch.save(torch.nn.Linear(2, 2), p))
-hostile("persistent id that is not a storage")(lambda p: with_pickle(p, b"X\x01\x00\x00\x00aQ."))
-hostile("extension registry opcode")(lambda p: with_pickle(p, b"\x82\x01."))
+pickled("persistent id that is not a storage", b"X\x01\x00\x00\x00aQ.")
+pickled("extension registry opcode", b"\x82\x01.")
 
-hostile("dictionary of a harmless module")(
-    lambda p: with_pickle(p, b"ctorch.jit._pickle\n__dict__\n.")
+pickled("dictionary of a harmless module", b"ctorch.jit._pickle\n__dict__\n.")
+pickled(
+    "attributes set through the state of an object",
+    b"cargparse\nNamespace\n(tR(N}X\x01\x00\x00\x00aI1\nstb.",
 )
-hostile("attributes set through the state of an object")(
-    lambda p: with_pickle(p, b"cargparse\nNamespace\n(tR(N}X\x01\x00\x00\x00aI1\nstb.")
-)
-hostile("attributes of a class set")(
-    lambda p: with_pickle(p, b"cargparse\nNamespace\n}X\x01\x00\x00\x00aI1\nsb.")
-)
-hostile("special attributes set")(
-    lambda p: with_pickle(
-        p, pickle.dumps(Special(), protocol=2).replace(SPECIAL, b"argparse\nNamespace")
-    )
+pickled("attributes of a class set", b"cargparse\nNamespace\n}X\x01\x00\x00\x00aI1\nsb.")
+pickled(
+    "special attributes set",
+    pickle.dumps(Special(), protocol=2).replace(SPECIAL, b"argparse\nNamespace"),
 )
 
 # ---------------------------------------------------------------- size
 
-hostile("bytes of 1 TB on call")(
-    lambda p: with_pickle(p, b"c__builtin__\nbytes\n(I1000000000000\ntR.")
+pickled("bytes of 1 TB on call", b"c__builtin__\nbytes\n(I1000000000000\ntR.")
+pickled("storage of 1 TB on call", b"ctorch\nFloatStorage\n(I1000000000000\ntR.")
+pickled(
+    "array of 1 TB on call",
+    b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I1000000000000\nt"
+    b"X\x01\x00\x00\x00btR.",
 )
-hostile("storage of 1 TB on call")(
-    lambda p: with_pickle(p, b"ctorch\nFloatStorage\n(I1000000000000\ntR.")
+pickled(
+    "text in the encoding of a decompressor",
+    b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlibtR.",
 )
-hostile("array of 1 TB on call")(
-    lambda p: with_pickle(
-        p,
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I1000000000000\nt"
-        b"X\x01\x00\x00\x00btR.",
-    )
+pickled(
+    "dicts that hold each other 2^60 times", pickle.dumps({"model": doubled(dict, 60)}, protocol=2)
 )
-hostile("text in the encoding of a decompressor")(
-    lambda p: with_pickle(p, b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlibtR.")
-)
-hostile("dicts that hold each other 2^60 times")(
-    lambda p: with_pickle(p, pickle.dumps({"model": doubled(dict, 60)}, protocol=2))
-)
-hostile("tuples that hold each other 2^60 times, as a storage's name")(
-    lambda p: with_pickle(
-        p,
-        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-        + pickle.dumps(doubled(tuple, 60), protocol=2)[2:-1]
-        + b"X\x03\x00\x00\x00cpuI4\ntQ.",
-    )
+pickled(
+    "tuples that hold each other 2^60 times, as a storage's name",
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    + pickle.dumps(doubled(tuple, 60), protocol=2)[2:-1]
+    + b"X\x03\x00\x00\x00cpuI4\ntQ.",
 )
 hostile("500 stages and 500 blocks of a ResNet")(
     lambda p: claimed(
@@ -212,8 +202,8 @@ hostile("500 stages and 500 blocks of a ResNet")(
         + [f"stages.0.{i}.conv1.weight" for i in range(1, 500)],
     )
 )
-hostile("20,000 blocks in odd order")(
-    lambda p: claimed(p, [f"layer1.{i * 7919 % 19000}.bn1.weight" for i in range(19_000)])
+hostile("9,900 blocks in odd order")(
+    lambda p: claimed(p, [f"layer1.{i * 7919 % 9900}.bn1.weight" for i in range(9_900)])
 )
 hostile("a name of 40,000 letters")(lambda p: claimed(p, ["1." * 20_000 + "weight"]))
 hostile("a layer with a number of 5,000 digits")(
@@ -225,9 +215,7 @@ hostile("byte order of 50 MB")(
 hostile("zip bomb in the folder of a program")(
     lambda p: (rezipped(p, lambda _, raw: raw), packed_in(p, "other/code/x.py"))
 )
-hostile("a tensor that overlaps itself")(
-    lambda p: with_pickle(p, tensor_pickle(ints(10, 10), ints(1, 1)))
-)
+pickled("a tensor that overlaps itself", tensor_pickle(ints(10, 10), ints(1, 1)))
 hostile("safetensors header of 1 TB")(lambda p: safetensors(p, b"{" + b" " * 64, length=1 << 40))
 hostile("safetensors header longer than the file")(
     lambda p: safetensors(p, b'{"a":1}', length=1 << 20)
@@ -238,22 +226,14 @@ hostile("safetensors tensor of 1 TB in an empty file")(
 hostile("safetensors shape whose product overflows")(
     lambda p: safetensors(p, {"w": entry([1 << 39] * 8, 0, 4)}, b"\0" * 4)
 )
-hostile("tensor of 1 TB on a storage of 432 bytes")(
-    lambda p: with_pickle(p, tensor_pickle(ints(1 << 38), ints(1)))
-)
-hostile("stride 0 blows 4 bytes up to 1 TB")(
-    lambda p: with_pickle(p, tensor_pickle(ints(1 << 19, 1 << 19), ints(0, 0)))
-)
-hostile("storage that claims 1 TB")(
-    lambda p: with_pickle(p, tensor_pickle(ints(4), ints(1), numel=1 << 38))
-)
-hostile("negative offset")(lambda p: with_pickle(p, tensor_pickle(ints(4), ints(1), offset=-4)))
-hostile("negative shape")(lambda p: with_pickle(p, tensor_pickle(ints(-4), ints(1))))
-hostile("string of 1 EB announced in the pickle")(
-    lambda p: with_pickle(p, b"\x8d" + struct.pack("<Q", 1 << 60) + b".")
-)
-hostile("memo index of 2 billion")(lambda p: with_pickle(p, b"Nr" + b"\xff\xff\xff\x7f" + b"0."))
-hostile("byte array of 1 TB")(lambda p: with_pickle(p, b"\x96" + struct.pack("<Q", 1 << 40) + b"."))
+pickled("tensor of 1 TB on a storage of 432 bytes", tensor_pickle(ints(1 << 38), ints(1)))
+pickled("stride 0 blows 4 bytes up to 1 TB", tensor_pickle(ints(1 << 19, 1 << 19), ints(0, 0)))
+pickled("storage that claims 1 TB", tensor_pickle(ints(4), ints(1), numel=1 << 38))
+pickled("negative offset", tensor_pickle(ints(4), ints(1), offset=-4))
+pickled("negative shape", tensor_pickle(ints(-4), ints(1)))
+pickled("string of 1 EB announced in the pickle", b"\x8d" + struct.pack("<Q", 1 << 60) + b".")
+pickled("memo index of 2 billion", b"Nr" + b"\xff\xff\xff\x7f" + b"0.")
+pickled("byte array of 1 TB", b"\x96" + struct.pack("<Q", 1 << 40) + b".")
 
 
 @hostile("zip bomb: a compressed storage of 128 MB")
@@ -297,32 +277,25 @@ def _(path: Path) -> None:
         file.truncate(5 << 30)
 
 
-hostile("four million pickle opcodes")(lambda p: with_pickle(p, b"N0" * 2_000_000 + b"}."))
+pickled("four million pickle opcodes", b"N0" * 2_000_000 + b"}.")
 hostile("safetensors with 300,000 tensors")(
     lambda p: safetensors(p, {f"t{i}": entry([0], 0, 0) for i in range(300_000)})
 )
 
 # ---------------------------------------------------------------- nesting and keys
 
-hostile("lists nested 200,000 deep")(
-    lambda p: with_pickle(p, b"]" * 200_000 + b"a" * 199_999 + b".")
+pickled("lists nested 200,000 deep", b"]" * 200_000 + b"a" * 199_999 + b".")
+pickled(
+    "dicts nested 100,000 deep under 'model'",
+    b"}" + b"X\x05\x00\x00\x00model}" * 100_000 + b"s" * 100_000 + b".",
 )
-hostile("dicts nested 100,000 deep under 'model'")(
-    lambda p: with_pickle(p, b"}" + b"X\x05\x00\x00\x00model}" * 100_000 + b"s" * 100_000 + b".")
-)
-hostile("a list that holds itself")(lambda p: with_pickle(p, b"]q\x00h\x00a."))
-hostile("tuple of tuples as key (hash bomb)")(
-    lambda p: with_pickle(p, b"})" + b"2\x86" * 60 + b"Ns.")
-)
-hostile("integer keys chosen to collide")(
-    lambda p: with_pickle(
-        p,
-        b"}("
-        + b"".join(
-            b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(40_000)
-        )
-        + b"u.",
-    )
+pickled("a list that holds itself", b"]q\x00h\x00a.")
+pickled("tuple of tuples as key (hash bomb)", b"})" + b"2\x86" * 60 + b"Ns.")
+pickled(
+    "integer keys chosen to collide",
+    b"}("
+    + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(40_000))
+    + b"u.",
 )
 hostile("JSON nested 100,000 deep")(lambda p: safetensors(p, b'{"a":' + b"[" * 100_000 + b"}"))
 hostile("safetensors key twice")(
@@ -333,7 +306,7 @@ hostile("safetensors key twice")(
         b"\0" * 8,
     )
 )
-hostile("pickle key twice")(lambda p: with_pickle(p, b"}X\x01\x00\x00\x00wNsX\x01\x00\x00\x00wNs."))
+pickled("pickle key twice", b"}X\x01\x00\x00\x00wNsX\x01\x00\x00\x00wNs.")
 
 # ---------------------------------------------------------------- archives
 

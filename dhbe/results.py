@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 
 from dhbe.errors import ConfigError, DHBEError
+from dhbe.locks import alone
 from dhbe.metrics import Predictions, Rate, Truth, der, rates
 from dhbe.processes import first
 
@@ -197,19 +197,20 @@ class ResultFolder:
         if not first():
             yield
             return
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except PermissionError as error:
-            raise DHBEError(f"hydra.run.dir={self.path}: cannot be written ({error})") from error
-        try:
+        with ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone(self.path))
+            except OSError as error:
+                raise DHBEError(
+                    f"hydra.run.dir={self.path}: cannot be written ({error})"
+                ) from error
             if self.older.exists():
                 self._recover()
-            yield
-        finally:
-            self._discard_unused()
-            lock.release()
+            try:
+                yield
+            finally:
+                self._discard_unused()
 
     def _discard_unused(self) -> None:
         """Remove a working folder that holds its mark alone; only who holds the lock may."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +21,7 @@ from dhbe.attack import Attack
 from dhbe.config import fingerprint
 from dhbe.data import ImageSet, TrainingBatches
 from dhbe.errors import ArtefactError
+from dhbe.locks import alone
 from dhbe.models import Normalized
 from dhbe.processes import agree, first
 from dhbe.runtime import Runtime, Stopwatch
@@ -128,8 +128,7 @@ class VictimStore:
                 f"paths.victims={self.root}: cannot be written ({error})"
             ) from error
         work = self.root / f".{folder.name}.partial"
-        lock = FileLock(self.root / f".{folder.name}.lock")
-        with lock if first() else nullcontext():
+        with alone(folder) if first() else nullcontext():
             if agree(folder.exists()):
                 if first():
                     shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step

@@ -16,7 +16,6 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.live import Live
@@ -26,6 +25,7 @@ from rich.text import Text
 
 from dhbe.config import cell, plain
 from dhbe.entry import register_resolvers
+from dhbe.locks import held
 from dhbe.sweep import PLANS, Plan, complete, failure_file, write
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -86,12 +86,8 @@ def state(folder: Path, since: float = 0.0) -> str:
     """
     if complete(folder):
         return "done"
-    lock = folder.with_name(f".{folder.name}.lock")
-    if lock.exists():
-        try:
-            FileLock(lock).acquire(blocking=False).lock.release()
-        except Timeout:
-            return "running"
+    if held(folder):
+        return "running"
     with suppress(FileNotFoundError):
         if json.loads(failure_file(folder).read_text())["time"] >= since:
             return "failed"

@@ -159,12 +159,12 @@ def test_the_remains_of_another_run_are_not_continued(tmp_path: Path) -> None:
     state = folder.open("one") / "training" / "last.ckpt"
     state.parent.mkdir()
     state.touch()
-    folder.discard_empty()
-    assert folder.open("one") == folder.partial
+    with folder.claimed():
+        assert folder.open("one") == folder.partial
     assert state.exists(), "the same run goes on"
-    folder.open("another")
-    assert not state.exists()
-    folder.discard_empty()
+    with folder.claimed():
+        folder.open("another")
+        assert not state.exists()
     assert not folder.partial.exists()
 
 

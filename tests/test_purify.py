@@ -18,6 +18,7 @@ from test_cli import GAME, metrics, run
 from torch import nn
 
 import dhbe
+from dhbe import pipeline
 from dhbe.entry import purify_arguments
 from dhbe.errors import ConfigError
 from dhbe.models.resnet import SmallResNet
@@ -97,18 +98,18 @@ def test_with_a_users_images(given: Path) -> None:
     assert m["counts"]["victim"]["asr"]["total"] == 16
     assert m["attack"] == "picture"
     assert re.search(r"the trigger moves \d+ of 20 images to another class", " ".join(m["notes"]))
-    for more, message in (
-        ("trigger=a.png", "data.test=None: expected labelled images to try trigger=a.png on"),
-        ("attack=blend", "trigger=a.png: expected alone, not with attack=blend"),
+
+
+def test_choices_that_do_not_go_together(given: Path, compose_config) -> None:
+    for attack, choice, message in (
+        ("none", "trigger=a.png", "data.test=None: expected labelled images to try trigger=a.png"),
+        ("blend", "trigger=a.png", "trigger=a.png: expected alone, not with attack=blend"),
+        ("none", "defense=finetune", r"data.clean is not set\): FineTune needs clean images"),
     ):
-        task = ("task=purify", f"checkpoint='{given}/a b.pth'", "trigger=a.png", more)
-        done = run(given, *dict.fromkeys(task), "hydra.run.dir=no")
-        assert done.returncode == 2
-        assert message in done.stderr
-    without = (f"checkpoint='{given}/a b.pth'", "defense=finetune", "hydra.run.dir=no")
-    done = run(given, "task=purify", *without)
-    assert done.returncode == 2
-    assert "data.clean is not set): FineTune needs clean images" in done.stderr
+        task = ("task=purify", f"checkpoint='{given}/a b.pth'", f"attack={attack}", choice)
+        with pytest.raises(ConfigError, match=message):
+            pipeline.run(compose_config(*task), given / "no", {"attack": attack, "data": "own"})
+    assert not (given / "no").exists()
 
 
 def test_the_result_never_replaces_its_input(given: Path) -> None:

@@ -66,6 +66,8 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     chosen = [w for w in words if w.startswith("defense=")] or ["defense=dhbe"]
     if chosen[0].startswith(("defense=dhbe", "defense=dfad")):
         extra += GAME
+    if chosen[0] == "defense=anp":
+        extra.append("defense.steps=5")
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *words, *extra],
         cwd=tmp_path,

@@ -37,7 +37,7 @@ MAX_BYTES = 4 * 2**30
 MAX_HEADER = 16 * 2**20
 """Of a safetensors header, a zip directory, a JSON record."""
 MAX_PICKLE = 64 * 2**20
-MAX_TENSORS = 20_000
+MAX_TENSORS = 10_000
 MAX_SCRIPT_DEPTH = 50
 
 DTYPES = {

@@ -48,13 +48,14 @@ class Candidate:
 
 def renaming(*rules: tuple[str, str]) -> Renaming:
     """Replace patterns in every key."""
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
     def apply(keys: Iterable[str]) -> dict[str, str]:
         found = {}
         for key in keys:
             new = key
-            for pattern, replacement in rules:
-                new = re.sub(pattern, replacement, new)
+            for pattern, replacement in compiled:
+                new = pattern.sub(replacement, new)
             found[key] = new
         return found
 
@@ -232,7 +233,7 @@ def proposals(
     if "features.0.weight" in shapes and "classifier.weight" in shapes:
         yield "vgg19_bn", {"_target_": OURS["vgg"]}
     for key, (library, names) in FAMILIES.items():
-        if any(re.fullmatch(key, k) for k in shapes):
+        if any(map(re.compile(key).fullmatch, shapes)):
             for name in names.split():
                 yield f"{library} model.name={name}", _library(library, name, shapes)
 

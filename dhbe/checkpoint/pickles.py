@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dhbe.errors import ArtefactError
 
-MAX_OPCODES = 3_000_000
+MAX_OPCODES = 2_000_000
 """A tensor of a state dict takes about 30, a poisoned image that BackdoorBench lists 28."""
 MAX_KEY = 2**31
 """Larger integers as keys could be chosen to collide in a dict."""
