@@ -3,8 +3,9 @@
 ``python -m benchmarks.clusters basic joblib submitit_local slurm ray [--cells OVERRIDE...]`` starts
 a one-node Slurm (Debian: ``apt-get install slurm-wlm munge``, as root) and a Ray of two nodes, runs
 six cells and one that must fail, and compares every number of ``metrics.json`` with the first
-launcher's. ``preempt`` sends a cell under Slurm the signal of a preemption in mid-training. What is
-not installed is skipped, and said. Exit status 1 if anything differs from what it should be.
+launcher's. ``preempt`` sends a cell under Slurm the signal of a preemption in mid-training;
+``timeout`` gives one less time than it needs. What is not installed is skipped, and said. Exit
+status 1 if anything differs from what it should be.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ OPTIONS = {
         *("hydra.launcher.cpus_per_task=1", "hydra.launcher.array_parallelism=2"),
     ],
 }
+ENDED = {
+    "preempt": ["defense=clp"],
+    "timeout": [
+        *("defense=none", "victim.epochs=40"),
+        *("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"),
+    ],
+}
+"""A cell that Slurm ends before it is done, and options."""
 SLURM_CONF = """
 ClusterName=tiny
 SlurmctldHost=localhost(127.0.0.1)
@@ -173,7 +182,7 @@ def environment(launcher: str) -> Iterator[dict[str, str]]:
     needs = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "submitit"}
     if launcher in needs and not importlib.util.find_spec(needs[launcher]):
         raise Skipped("its extra is not installed")
-    cluster = {"slurm": slurm, "preempt": slurm, "ray": ray}.get(launcher)
+    cluster = {"slurm": slurm, **dict.fromkeys(ENDED, slurm), "ray": ray}.get(launcher)
     if cluster is None:
         yield dict(os.environ)
         return
@@ -210,23 +219,24 @@ def continued(folder: Path) -> bool:
     return len(steps) > 1 and steps == sorted(set(steps))
 
 
-def preempt(folder: Path) -> bool:
-    """Whether a cell that gets the signal of a preemption is queued again and continues."""
-    cell = ["trainer.threads=1", "defense=clp", "seed=0"]
-    with environment("preempt") as env:
-        process = sweep(folder, "slurm", env, cell)
-        checkpoint = "victims/.*.partial/last.ckpt"
-        while not list(folder.glob(checkpoint)) and process.poll() is None:
-            time.sleep(0.2)
-        jobs = subprocess.run(["squeue", "-h", "-o", "%A"], env=env, capture_output=True, text=True)
-        job = jobs.stdout.split()[0]
-        subprocess.run(["scancel", "--signal=USR2", "--full", job], env=env, check=True)
+def ended(how: str, folder: Path) -> bool:
+    """Whether a cell that is preempted or out of time is queued again and continues."""
+    with environment(how) as env:
+        process = sweep(folder, "slurm", env, ["trainer.threads=1", "seed=0", *ENDED[how]])
+        if how == "preempt":
+            checkpoint = "victims/.*.partial/last.ckpt"
+            while not list(folder.glob(checkpoint)) and process.poll() is None:
+                time.sleep(0.2)
+            queue = ["squeue", "-h", "-o", "%A"]
+            job = subprocess.run(queue, env=env, capture_output=True, text=True).stdout.split()[0]
+            subprocess.run(["scancel", "--signal=USR2", "--full", job], env=env, check=True)
         _, errors = process.communicate()
     logs = "".join(f.read_text() for f in folder.rglob("*_log.*"))
-    good = process.returncode == 0 and "this job is preempted" in logs and len(numbers(folder)) == 1
+    said = "this job is " + {"preempt": "preempted", "timeout": "timed-out"}[how]
+    good = process.returncode == 0 and said in logs and len(numbers(folder)) == 1
     went_on = good and continued(folder)
     print(
-        f"preempt: exit status {process.returncode}, queued again: {'preempted' in logs}, "
+        f"{how}: exit status {process.returncode}, queued again: {logs.count(said)} times, "
         f"went on from its checkpoint: {went_on}"
     )
     if not good:
@@ -237,7 +247,7 @@ def preempt(folder: Path) -> bool:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clusters", description=__doc__)
-    known = ("basic", "joblib", "submitit_local", "slurm", "ray", "preempt")
+    known = ("basic", "joblib", "submitit_local", "slurm", "ray", *ENDED)
     parser.add_argument("launchers", nargs="+", choices=known)
     parser.add_argument("--cells", nargs="+", default=CELLS, help="overrides of another sweep")
     parser.add_argument("--reference", type=Path, help="numbers of an earlier call; made if new")
@@ -250,8 +260,8 @@ def main() -> None:
     for launcher in options.launchers:
         with tempfile.TemporaryDirectory(prefix=f"{launcher}-") as folder:
             try:
-                if launcher == "preempt":
-                    wrong |= not preempt(Path(folder))
+                if launcher in ENDED:
+                    wrong |= not ended(launcher, Path(folder))
                     continue
                 found, good = trial(launcher, Path(folder), options.cells)
             except Skipped as reason:
