@@ -219,7 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("victim", type=Path, help="purified.safetensors of defense=none")
     parser.add_argument("overrides", nargs="*", default=["defense=clp"])
-    options = parser.parse_args()
+    parser.add_argument("--only", help="a part of the descriptions to try")
+    options = parser.parse_intermixed_args()
     warnings.simplefilter("ignore")
     tree = composed(VICTIM)
     data: Data = build(tree["data"])
@@ -231,6 +232,8 @@ def main() -> None:
         plain = network.network.eval().to(memory_format=torch.contiguous_format)
         files = save_all(plain, Path(name), **sizes)
         for i, (description, file) in enumerate(files.items()):
+            if options.only and options.only not in description:
+                continue
             out = Path(name) / f"out{i}"
             task = ["task=purify", f"checkpoint={file}", *VICTIM, *options.overrides]
             command = [sys.executable, str(RUN), *task, f"hydra.run.dir={out}"]
