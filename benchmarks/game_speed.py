@@ -42,7 +42,7 @@ def ours(network, generator, trigger, std, batch, device, epochs=1):
         generator=generator,
         trigger_network=trigger,
         noise=SeededNoise(0, device=device, dtype=torch.float32),
-        weights=Weights(patch=0.1, tv1=0.0, tv2=1e-4),
+        weights=Weights(patch=0.1, tv1=0.0, tv2=1e-4, balance=0.0),
         rates=Rates(
             student=0.1,
             generator=1e-3,

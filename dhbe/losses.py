@@ -42,6 +42,20 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().mean()
 
 
+def imbalance(logits: Tensor, mean: Callable[[Tensor], Tensor] = lambda share: share) -> Tensor:
+    """KL(even classes || mean prediction of the batch), in nats, of logits (B, K).
+
+    Zero if all classes are predicted equally often. DAFL's information entropy loss (Chen et al.,
+    ICCV 2019) is the divergence the other way round, whose gradient vanishes where it is needed:
+    when a sure network puts all images into one class.
+
+    Args:
+        mean: of the mean prediction (K,), if the batch is spread over several processes.
+    """
+    share = mean(logits.double().softmax(dim=1).mean(dim=0))  # float32 would round to zero
+    return -(share.clamp_min(1e-300) * len(share)).log().mean()
+
+
 def diversity(x: Tensor, made: Tensor, shift: int = 1) -> Tensor:
     """Mean of |x_i - x_j| / |made_i - made_j| (root mean squares) over i and j = i + shift.
 

@@ -174,6 +174,11 @@ def total(x: Tensor) -> Tensor:
     return out
 
 
+def mean(x: Tensor) -> Tensor:
+    """Mean over the processes; gradients flow."""
+    return total(x) / count() if count() > 1 else x
+
+
 def vector_norm(x: Tensor) -> Tensor:
     """Euclidean norm of the rows of all processes; gradients flow."""
     own: Tensor = torch.linalg.vector_norm(x)
@@ -189,9 +194,9 @@ def synced_forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dims, shape = (0, 2, 3), (1, -1, 1, 1)
-    mean = total(wide.mean(dims)) / count()
-    centred = wide - mean.view(shape)
-    variance = total(centred.square().mean(dims)) / count()
+    centre = mean(wide.mean(dims))
+    centred = wide - centre.view(shape)
+    variance = mean(centred.square().mean(dims))
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -199,7 +204,7 @@ def synced_forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         assert norm.momentum is not None
         n = count() * x.numel() / x.shape[1]
         norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+        norm.running_mean.lerp_(centre.to(norm.running_mean), norm.momentum)
         norm.running_var.lerp_((variance * n / (n - 1)).to(norm.running_var), norm.momentum)
     out = centred * (variance + norm.eps).rsqrt().view(shape)
     if norm.affine:

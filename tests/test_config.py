@@ -15,7 +15,7 @@ CHOICES = [(g, n) for g in GROUPS for n in names(g)]
 
 
 def test_the_number_of_configs_is_known() -> None:
-    assert len(CHOICES) == 20 + 36 + 50 + 10 + 2 + 4
+    assert len(CHOICES) == 20 + 36 + 54 + 10 + 2 + 4
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda x: x)
@@ -49,6 +49,7 @@ def test_the_published_constants() -> None:
         "patch": 0.1,
         "tv1": 0.0,
         "tv2": 1e-4,
+        "balance": 0.0,
     }
     assert dhbe["rates"]["student"] == 0.1
     assert dhbe["rates"]["milestones"] == [0.6, 0.8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,7 @@ from dhbe.game import (
     add_patches,
 )
 from dhbe.game.generator import UpConv
-from dhbe.losses import total_variation_l1, total_variation_l2
+from dhbe.losses import imbalance, total_variation_l1, total_variation_l2
 from dhbe.models.preact import WideResNet
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def make_game(
         generator=copy.deepcopy(generator),
         trigger_network=copy.deepcopy(trigger),
         noise=noise,
-        weights=Weights(patch=0.1, tv1=tv1, tv2=1e-4),
+        weights=Weights(patch=0.1, tv1=tv1, tv2=1e-4, balance=0.0),
         rates=Rates(
             student=student,
             generator=1e-3,
@@ -179,6 +180,20 @@ def test_patch_sizes_and_range(size: int) -> None:
 def test_impossible_sizes_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=str(size)):
         ImageGenerator(latent=4, width=2, channels=3, image_size=size)
+
+
+def test_imbalance_sees_the_classes_that_a_sure_network_never_names() -> None:
+    assert float(imbalance(torch.zeros(4, 10))) == pytest.approx(0, abs=1e-12)
+    turns = 200.0 * torch.eye(3)
+    assert float(imbalance(turns)) == pytest.approx(0, abs=1e-12), "sure, and each class once"
+    logits = torch.tensor([[60.0, 0.0], [90.0, 0.0]], requires_grad=True)
+    loss = imbalance(logits)
+    share = (math.exp(-60) + math.exp(-90)) / 2
+    assert loss.item() == pytest.approx(-(math.log(2) + math.log(2 * share)) / 2)
+    loss.backward()
+    assert logits.grad is not None
+    assert float(logits.grad[0, 1]) == pytest.approx(-0.5), "the nearer image is pushed"
+    assert float(logits.grad[1, 1]) == pytest.approx(-0.5 * math.exp(-30))
 
 
 def test_total_variation_by_loops() -> None:

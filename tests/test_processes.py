@@ -84,7 +84,7 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         generator=generator.double(),
         trigger_network=trigger_network.double(),
         noise=SharedNoise(SeededNoise(0, device=CPU, dtype=torch.float64)),
-        weights=Weights(patch=0.5, tv1=1e-3, tv2=1e-2),
+        weights=Weights(patch=0.5, tv1=1e-3, tv2=1e-2, balance=1.0),
         rates=Rates(
             student=0.05,
             generator=1e-2,

@@ -18,19 +18,24 @@ from dhbe.errors import DivergenceError
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
-from dhbe.losses import disagreement, total_variation_l1, total_variation_l2
-from dhbe.processes import average, average_gradients, vector_norm
+from dhbe.losses import disagreement, imbalance, total_variation_l1, total_variation_l2
+from dhbe.processes import average, average_gradients, mean, vector_norm
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Weights of the losses: lambda_d1, lambda_tv1 and lambda_tv2 of the published code."""
+    """Weights of the losses: lambda_d1, lambda_tv1 and lambda_tv2 of the published code.
+
+    ``balance`` is ours, 0 in the paper's game: it keeps the generator from images that the teacher
+    all puts into one class.
+    """
 
     patch: float
     tv1: float
     tv2: float
+    balance: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,8 @@ class Distillation(pl.LightningModule):
     G       -L1(S(x), T(x)) + w_tv1 TV1(x) + w_tv2 TV2(x)  Adam, 1 move
     P       -L1(S(x), S(x'))                               Adam, 1 move
     ======= ============================================== =====================
+
+    With ``balance``, G also minimises w_balance ``imbalance(T(x))``.
 
     The teacher stays in eval mode; the others train, so the student's BatchNorm statistics follow
     clean and patched batches, which pass separately, in all moves.
@@ -131,12 +138,15 @@ class Distillation(pl.LightningModule):
         """The generator seeks images on which student and teacher disagree."""
         with frozen(self.student):
             x = self._images()
-            gap = disagreement(self.student(x), self.teacher(x))
+            teacher_logits = self.teacher(x)
+            gap = disagreement(self.student(x), teacher_logits)
             loss = -gap
             if self.weights.tv1:
                 loss = loss + self.weights.tv1 * total_variation_l1(x)
             if self.weights.tv2:
                 loss = loss + self.weights.tv2 * total_variation_l2(x, vector_norm)
+            if self.weights.balance:
+                loss = loss + self.weights.balance * imbalance(teacher_logits, mean)
             self._note("generator/gap", gap)
             self._descend(loss, optimizer)
 
