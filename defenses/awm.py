@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -33,8 +34,7 @@ class AWM(Defense):
         norm: bound tau of the perturbation's l1 norm, in pixels of [0, 1], for 32-pixel images.
         delta_rate: learning rate of the ascent.
         passes: an epoch draws passes * floor(images / batch) batches, with replacement.
-        copies: crops and mirror images added per image when there are fewer than 20 per class
-            (one-shot: 9).
+        copies: random crops and mirror images added per image (one-shot: 9).
     """
 
     needs: ClassVar[Budget] = Budget(fraction=1e-9)
@@ -60,14 +60,18 @@ class AWM(Defense):
             raise ConfigError("defense=awm: the network has no convolution; use finetune or ft_sam")
         images = self.enlarged(data.clean(), network, runtime)
         batch_size = min(self.schedule.batch_size, len(images))
-        batches = TrainingBatches(
-            images,
-            spec=network.spec,
-            batch_size=batch_size,
-            seed=runtime.derive("awm"),
-            device=runtime.device,
-            steps=self.passes * max(1, len(images) // batch_size),
-        )
+
+        def drawn(purpose: str) -> TrainingBatches:
+            return TrainingBatches(
+                images,
+                spec=replace(network.spec, crop_padding=0, flip=False),  # as they are
+                batch_size=batch_size,
+                seed=runtime.derive("awm", purpose),
+                device=runtime.device,
+                steps=self.passes * max(1, len(images) // batch_size),
+            )
+
+        batches, for_delta = drawn("masks"), drawn("delta")
         network.requires_grad_(False)
         scales = attach(convolutions)
         delta = torch.zeros(1)
@@ -80,10 +84,11 @@ class AWM(Defense):
             size = torch.stack([s.mask.abs().sum() for s in scales]).sum()
             return self.alpha * clean + (1 - self.alpha) * wrong + self.sparsity * size
 
-        def perturb(_: float) -> None:
+        def perturb(spent: float) -> None:
             nonlocal delta
+            for_delta.set_epoch(round(spent * self.schedule.epochs))
             with runtime.autocast():
-                found = universal(network, batches, learning_rate=self.delta_rate)
+                found = universal(network, for_delta, learning_rate=self.delta_rate)
             delta = found * (bound / found.abs().sum().clamp_min(1e-12)).clamp_max(1)
 
         module = Supervised(
@@ -101,9 +106,9 @@ class AWM(Defense):
         return network
 
     def enlarged(self, clean: ImageSet, network: Normalized, runtime: Runtime) -> Resident:
-        """The clean images and, if they are few, random crops and mirror images of them."""
+        """The clean images and random crops and mirror images of them."""
         given = clean.resident()
-        if len(given) >= 20 * network.spec.classes or not self.copies:
+        if not self.copies:
             return given
         size = network.spec.image_size
         steps: list[nn.Module] = [v2.RandomResizedCrop(size, antialias=True)]

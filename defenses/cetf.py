@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
-from scipy.optimize import differential_evolution
+from scipy.optimize import OptimizeResult, differential_evolution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -149,7 +149,8 @@ class CETF(Defense):
                 updating="deferred",
                 vectorized=True,
                 integrality=np.ones(4, dtype=bool),
-                tol=1e-6,
+                tol=0,
+                callback=Stagnation(),
             )
         if best.fun >= 0:
             return None
@@ -194,17 +195,30 @@ class CETF(Defense):
             device=runtime.device,
         )
 
+        pixels, places = (torch.stack(t) for t in list(zip(*found, strict=True))[:2])
+
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch.images.to(runtime.dtype), batch.labels
+            x, y, rng = batch.images.to(runtime.dtype), batch.labels, batches.noise
             if self.repair_with != "bn_cleaning":
-                drawn = torch.rand((), generator=batches.noise, device=batches.noise.device)
-                trigger = found[int(drawn * len(found))]
-                x = torch.cat([x, torch.where(trigger.where, trigger.pixels, x)])
+                one = torch.randint(len(found), (1,), generator=rng, device=rng.device)
+                x = torch.cat([x, torch.where(places[one], pixels[one], x)])
                 y = y.repeat(2)
             return F.cross_entropy(net(x), y)
 
         module = Supervised(network, batches, self.schedule, role="student", loss=loss)
         runtime.fit(module, batches, epochs=self.schedule.epochs)
+
+
+class Stagnation:
+    """Ends the evolution after 10 generations without progress of 1e-6."""
+
+    def __init__(self) -> None:
+        self.best, self.idle = float("inf"), 0
+
+    def __call__(self, intermediate_result: OptimizeResult) -> bool:
+        self.idle = 0 if self.best - intermediate_result.fun > 1e-6 else self.idle + 1
+        self.best = min(self.best, intermediate_result.fun)
+        return self.idle >= 10
 
 
 def rectangles(values: Tensor, size: int) -> Tensor:

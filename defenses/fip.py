@@ -9,6 +9,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from dhbe.data import Budget, DefenderData, TrainingBatches
@@ -68,9 +69,9 @@ class FIP(Defense):
         fisher = self.fisher_diagonal(network, weights, batches, runtime)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            each = F.cross_entropy(
-                net(batch.images.to(runtime.dtype)), batch.labels, reduction="none"
-            )
+            with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+                logits = net(batch.images.to(runtime.dtype))
+            each = F.cross_entropy(logits, batch.labels, reduction="none")
             total = each.mean()
             if self.trace_weight and round(batches.progress * self.steps) % self.trace_every == 0:
                 total = total + self.trace_weight * fisher_trace(each, weights, batches.noise)

@@ -17,6 +17,9 @@ from dhbe.runtime import Runtime
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
 
+IDLE = 25
+"""Epochs without a mask 1 % smaller after which a class is done, once the cost went up and down."""
+
 
 class NeuralCleanse(Defense):
     """Reverse-engineer a trigger per class, flag outliers, fine-tune with their triggers stamped.
@@ -117,6 +120,7 @@ class NeuralCleanse(Defense):
 
         best = tuple(v.detach() for v in trigger())
         smallest, cost, streak = float("inf"), self.cost, 0
+        idle, turned = 0, set[str]()
         for epoch in range(self.epochs):
             batches.set_epoch(epoch)
             hits = torch.zeros((), device=runtime.device)
@@ -131,11 +135,17 @@ class NeuralCleanse(Defense):
                 hits += (logits.argmax(dim=1) == goal).float().mean()
             works = float(hits) / len(batches) >= self.success
             mask, pattern = (v.detach() for v in trigger())
+            if smallest < float("inf"):
+                idle = idle + 1 if not works or float(mask.sum()) > 0.99 * smallest else 0
             if works and float(mask.sum()) < smallest:
                 smallest, best = float(mask.sum()), (mask, pattern)
             streak = max(streak, 0) + 1 if works else min(streak, 0) - 1
             if streak == self.patience:
                 cost, streak = cost * self.factor, 0
+                turned.add("up")
             elif streak == -self.patience:
                 cost, streak = cost / self.factor**1.5, 0
+                turned.add("down")
+            if idle >= IDLE and len(turned) == 2:
+                break
         return best[0], best[1]

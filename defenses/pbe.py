@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated, ClassVar
 
 import torch
@@ -46,19 +45,19 @@ class AFT(Defense):
         self.adversarial_epochs, self.schedule = adversarial_epochs, schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        self.tune(network, data.clean(), self.adversarial_epochs, runtime, turn=0)
+        self.tune(network, data.clean(), runtime, adversarial=self.adversarial_epochs)
         return network
 
     def tune(
         self,
         network: Normalized,
         images: ImageSet,
-        adversarial_epochs: int,
         runtime: Runtime,
         *,
-        turn: int,
+        adversarial: float,
+        turn: int = 0,
     ) -> None:
-        """The schedule on ``images``, its first epochs adversarial; in place."""
+        """The schedule on ``images``, its first epochs ``adversarial``; in place."""
         batches = TrainingBatches(
             images,
             spec=network.spec,
@@ -69,7 +68,7 @@ class AFT(Defense):
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             x, y = batch.images.to(runtime.dtype), batch.labels
-            if batches.epoch < adversarial_epochs:
+            if batches.progress <= adversarial:
                 net.eval()
                 x = pgd(
                     net,
@@ -78,6 +77,7 @@ class AFT(Defense):
                     epsilon=self.epsilon,
                     step_size=self.step_size,
                     steps=self.pgd_steps,
+                    clip=False,
                 )
                 net.train()
             return F.cross_entropy(net(x), y)
@@ -93,9 +93,10 @@ class PBE(AFT):
     The pool starts as a random ``first_share`` of the poisoned training set. After each round of
     fine-tuning all training images are ranked by the cosine of the suspect's and the current
     network's logits; those that kept their answer are clean. The next round uses the top
-    ``shares[r]``. The first round is all adversarial, later ones in their first epoch.
+    ``shares[r]``. The first round is all adversarial, later ones in their first batches.
 
     Args:
+        adversarial_batches: of each round after the first.
         shares: one per round after the first.
     """
 
@@ -107,6 +108,7 @@ class PBE(AFT):
         epsilon: Annotated[float, Gt(0)],
         step_size: Annotated[float, Gt(0)],
         pgd_steps: Annotated[int, Ge(1)],
+        adversarial_batches: Annotated[int, Ge(0)],
         first_share: Annotated[float, Gt(0), Le(1)],
         shares: list[Annotated[float, Gt(0), Le(1)]],
         schedule: Schedule,
@@ -115,31 +117,37 @@ class PBE(AFT):
             epsilon=epsilon,
             step_size=step_size,
             pgd_steps=pgd_steps,
-            adversarial_epochs=1,
+            adversarial_epochs=schedule.epochs,
             schedule=schedule,
         )
+        self.adversarial_batches = adversarial_batches
         self.first_share, self.shares = first_share, shares
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         given = data.poisoned()
-        suspect = copy.deepcopy(network)
+        before = answers(network, given, runtime)
         order = torch.randperm(len(given), generator=runtime.rng("pbe pool"))
         pool = given.subset(order[: round(self.first_share * len(given))])
         for turn in range(len(self.shares) + 1):
-            adversarial = self.schedule.epochs if turn == 0 else 1
-            self.tune(network, pool, adversarial, runtime.stage(f"round{turn}"), turn=turn)
+            adversarial = float(self.adversarial_epochs)
+            if turn:
+                adversarial = self.adversarial_batches / max(
+                    1, len(pool) // self.schedule.batch_size
+                )
+            own = runtime.stage(f"round{turn}")
+            self.tune(network, pool, own, adversarial=adversarial, turn=turn)
             if turn < len(self.shares):
-                likeness = agreement(suspect, network, given, runtime)
+                likeness = F.cosine_similarity(before, answers(network, given, runtime))
                 best = likeness.argsort(descending=True)
                 pool = given.subset(best[: round(self.shares[turn] * len(given))])
         return network
 
 
 @torch.no_grad()
-def agreement(a: Normalized, b: Normalized, images: Resident, runtime: Runtime) -> Tensor:
-    """Cosine (N,) of the two networks' logits on each image."""
+def answers(network: Normalized, images: Resident, runtime: Runtime) -> Tensor:
+    """Logits (N, classes), in eval mode."""
     parts = []
     for raw, _ in images.batches(torch.arange(len(images)), 500):
-        x = to_float(raw.to(runtime.device)).to(runtime.dtype)
-        parts.append(F.cosine_similarity(a(x), b(x)).cpu())
+        with runtime.autocast():
+            parts.append(network(to_float(raw.to(runtime.device)).to(runtime.dtype)).float().cpu())
     return torch.cat(parts)

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData, TrainingBatches, even
 from dhbe.defense import Defense
 from dhbe.masks import attach, clamp, norms
 from dhbe.models import Normalized
@@ -69,7 +69,7 @@ class RNP(Defense):
         batches = TrainingBatches(
             clean,
             spec=network.spec,
-            batch_size=self.recover_schedule.batch_size,
+            batch_size=even(len(clean), self.recover_schedule.batch_size),
             seed=runtime.derive("rnp"),
             device=runtime.device,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from contextlib import ExitStack
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Lt
@@ -28,11 +29,11 @@ class TrapAndReplace(Defense):
        MSE(decoder(stem(x)), x) + smooth_weight TV(decoder(stem(x))). The stem must keep the
        picture, so the shortcut from trigger to label settles in the head.
     2. Replace: with the stem frozen, BatchNorm included, a new head learns the clean holdout with
-       CutMix, label smoothing and dropout on its input.
+       CutMix, label smoothing and dropout, behind its blocks and between their convolutions.
 
     Args:
         head_blocks: residual blocks in the head, besides the classifier (WRN and ResNet-18: 1).
-        dropout: on the head's input, in stage 2.
+        dropout: in stage 2.
         schedule, head_schedule: of the two stages.
     """
 
@@ -56,11 +57,10 @@ class TrapAndReplace(Defense):
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         network = fresh(network, runtime.derive("trap")).eval()
-        cut = blocks(network, method="trap_and_replace", least=self.head_blocks + 1)[
-            -1 - self.head_blocks
-        ]
+        found = blocks(network, method="trap_and_replace", least=self.head_blocks + 1)
+        cut, *trapped = found[-1 - self.head_blocks :]
         self.bait(network, cut, data, runtime.stage("bait"))
-        self.replace(network, cut, data, runtime)
+        self.replace(network, cut, trapped, data, runtime)
         return network
 
     def bait(self, network: Normalized, cut: nn.Module, data: DefenderData, own: Runtime) -> None:
@@ -98,9 +98,14 @@ class TrapAndReplace(Defense):
         own.fit(module, batches, epochs=self.schedule.epochs)
 
     def replace(
-        self, network: Normalized, cut: nn.Module, data: DefenderData, runtime: Runtime
+        self,
+        network: Normalized,
+        cut: nn.Module,
+        trapped: list[nn.Module],
+        data: DefenderData,
+        runtime: Runtime,
     ) -> None:
-        """Stage 2, in place."""
+        """Stage 2, in place; ``trapped`` are the blocks of the head."""
         head = executed_after(network.eval(), cut, network.probe())
         network.requires_grad_(False)
         with fork(runtime.derive("head")):
@@ -116,19 +121,24 @@ class TrapAndReplace(Defense):
         )
         mix = v2.CutMix(alpha=1.0, num_classes=network.spec.classes)
 
-        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def drop(x: Tensor) -> Tensor:
             noise = batches.noise
-            drawn = torch.rand(output.shape, generator=noise, device=noise.device)
-            return output * (drawn >= self.dropout).to(output.dtype) / (1 - self.dropout)
+            drawn = torch.rand(x.shape, generator=noise, device=noise.device)
+            return x * (drawn >= self.dropout).to(x.dtype) / (1 - self.dropout)
+
+        inner = [m for b in trapped for n, m in b.named_children() if n == "conv2"]
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             for layer in head:
                 layer.train()  # the rest of the network stays in eval mode
             with fork(runtime.derive("cutmix", batches.progress)):
                 x, y = mix(batch.images.to(runtime.dtype), batch.labels)
-                handle = cut.register_forward_hook(drop)
-                logits = net(x)
-                handle.remove()
+                with ExitStack() as hooks:
+                    for conv in inner:
+                        hooks.callback(conv.register_forward_pre_hook(lambda _, a: drop(*a)).remove)
+                    last = (trapped or [cut])[-1]
+                    hooks.callback(last.register_forward_hook(lambda _, __, y: drop(y)).remove)
+                    logits = net(x)
             return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
         module = Supervised(
@@ -141,11 +151,16 @@ def decoder(features: Tensor, size: int, channels: int) -> nn.Sequential:
     """Transposed 4x4 convolutions of stride 2 from features (B, C, h, w) up to the image."""
     width, side = features.shape[1], features.shape[-1]
     layers: list[nn.Module] = []
-    while side < size:
+    while 2 * side < size:
         half = max(32, width // 2)
         layers += [nn.ConvTranspose2d(width, half, 4, 2, 1), nn.ReLU(inplace=True)]
         width, side = half, 2 * side
-    layers += [nn.Conv2d(width, channels, 3, padding=1), nn.Sigmoid()]
+    if side < size:
+        layers.append(nn.ConvTranspose2d(width, channels, 4, 2, 1))
+        side *= 2
+    else:
+        layers.append(nn.Conv2d(width, channels, 3, padding=1))
+    layers.append(nn.Sigmoid())
     if side != size:
         layers.append(nn.Upsample(size=(size, size), mode="bilinear"))
     return nn.Sequential(*layers)

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData, TrainingBatches, even
 from dhbe.defense import Defense
 from dhbe.metrics import outliers
 from dhbe.models import Normalized
@@ -65,7 +65,7 @@ class ULRL(Defense):
         batches = TrainingBatches(
             clean,
             spec=network.spec,
-            batch_size=self.relearn_schedule.batch_size,
+            batch_size=even(len(clean), self.relearn_schedule.batch_size),
             seed=runtime.derive("ulrl"),
             device=runtime.device,
         )

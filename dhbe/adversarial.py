@@ -12,15 +12,23 @@ from dhbe.types import Batch
 
 
 def pgd(
-    network: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, step_size: float, steps: int
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    clip: bool = True,
 ) -> Tensor:
-    """Images after projected ascent on CE(network(x), y) inside an l-infinity ball, in [0, 1].
+    """Images after projected ascent on CE(network(x), y) inside an l-infinity ball.
 
     Madry et al. 2018, untargeted, without random start; the network's mode stays as it is.
 
     Args:
         x: images (B, C, H, W) in [0, 1].
         epsilon, step_size: in units of pixels in [0, 1].
+        clip: stay in [0, 1].
     """
     moved = x
     for _ in range(steps):
@@ -28,7 +36,8 @@ def pgd(
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(F.cross_entropy(network(moved), y), moved)
         moved = moved + step_size * slope.sign()
-        moved = moved.clamp(x - epsilon, x + epsilon).clamp(0, 1)
+        moved = moved.clamp(x - epsilon, x + epsilon)
+        moved = moved.clamp(0, 1) if clip else moved
     return moved.detach()
 
 

@@ -65,6 +65,7 @@ class Defense(ABC):
                 "no defense can start from it"
             )
         network = copy.deepcopy(suspect.network).to(runtime.device, runtime.dtype).eval()
+        network.requires_grad_(True)  # somebody may have frozen a part
         repaired = self.repair(network, data, runtime).eval()
         if not finite(repaired):
             raise DivergenceError(

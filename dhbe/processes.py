@@ -165,7 +165,8 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _Total.forward(ctx, gradients[0])
+        out: Tensor = _Total.apply(gradients[0])  # so that a second backward sees the sum too
+        return out
 
 
 def total(x: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Schedule:
 
     Args:
         schedule: ``multistep`` multiplies by ``decay`` at each of ``milestones`` (fractions);
-            ``cosine`` falls to zero; ``onecycle`` rises over the first fifth, then falls linearly.
+            ``cosine`` falls to ``end`` of it; ``onecycle`` rises over the first fifth, then falls
+            linearly.
     """
 
     def __init__(
@@ -47,18 +48,20 @@ class Schedule:
         schedule: Literal["multistep", "cosine", "onecycle"],
         milestones: list[Annotated[float, Gt(0), Le(1)]],
         decay: Annotated[float, Gt(0), Le(1)],
+        end: Annotated[float, Ge(0), Le(1)] = 0.0,
     ) -> None:
         self.epochs, self.batch_size = epochs, batch_size
         self.learning_rate, self.momentum, self.nesterov = learning_rate, momentum, nesterov
         self.weight_decay = weight_decay
         self.schedule, self.milestones, self.decay = schedule, milestones, decay
+        self.end = end
 
     def factor(self, progress: float) -> float:
         """Factor on the learning rate after a fraction ``progress`` of the budget."""
         if self.schedule == "multistep":
             return float(self.decay ** sum(progress >= m for m in self.milestones))
         if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
+            return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
         peak = 0.2
         return progress / peak if progress < peak else (1 - progress) / (1 - peak)
 

@@ -10,8 +10,9 @@ from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhbe.data import ImageSet, TrainingBatches
+from dhbe.data import ImageSet, TrainingBatches, even
 from dhbe.models import Normalized
+from dhbe.processes import average
 from dhbe.runtime import Runtime
 from dhbe.training import Schedule, Supervised
 from dhbe.types import Batch
@@ -39,28 +40,44 @@ def unlearn(
     batches = TrainingBatches(
         images,
         spec=network.spec,
-        batch_size=schedule.batch_size,
+        batch_size=even(len(images), schedule.batch_size),
         seed=runtime.derive("unlearn"),
         device=runtime.device,
     )
-    reached = torch.ones(())
+    last = Last().to(runtime.device)
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
-        nonlocal reached
         logits = net(batch.images.to(runtime.dtype))
-        reached = (logits.argmax(1) == batch.labels).float().mean()
+        last.accuracy = (logits.argmax(1) == batch.labels).float().mean()
         return -F.cross_entropy(logits, batch.labels)
 
     def stop(trainer: pl.Trainer, *_: Any) -> None:
-        trainer.should_stop = bool(reached <= stop_accuracy)
+        average([last.accuracy])
+        trainer.should_stop = bool(last.accuracy <= stop_accuracy)
 
-    module = Supervised(network, batches, schedule, role="unlearn", loss=loss, clip=clip)
+    module = Supervised(
+        network, batches, schedule, role="unlearn", loss=loss, clip=clip, beside=last
+    )
     own.fit(
         module,
         batches,
         epochs=schedule.epochs,
-        callbacks=[LambdaCallback(on_train_batch_end=stop)],
+        callbacks=[LambdaCallback(on_train_start=stop, on_train_batch_end=stop)],
     )
     network.eval()
-    runtime.recorder.notes.append(f"unlearned to an accuracy of {float(reached):.2f} on its images")
-    return float(reached)
+    reached = float(last.accuracy)
+    runtime.recorder.notes.append(
+        f"unlearned to an accuracy of {reached:.2f} on its images"
+        + (f", not the {stop_accuracy:.2f} wanted" if reached > stop_accuracy else "")
+    )
+    return reached
+
+
+class Last(nn.Module):
+    """Accuracy on the last batch; a resumed run knows by it that it had stopped."""
+
+    accuracy: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("accuracy", torch.ones(()))

@@ -112,6 +112,9 @@ def worker(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with processes.group(2, CPU):
         assert processes.agree(rank) == 0
+        x = torch.tensor(rank + 1.0, requires_grad=True)
+        slope, *_ = torch.autograd.grad(processes.total(x) ** 2, x, create_graph=True)
+        assert (slope.item(), *torch.autograd.grad(slope, x)) == (12.0, 8.0)  # 2 (2 sum), 2 (2 2)
         torch.save(train(folder), folder / f"{rank}.pt")
 
 

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_spec
+from scipy.optimize import OptimizeResult
 from test_attacks import badnets, tiny
-from test_defenses import DEFENSES, build, granted
+from test_defenses import DEFENSES, build, granted, suspect
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from defenses.abl import local_ascent
 from defenses.anp import ANP
 from defenses.awm import AWM
-from defenses.cetf import rectangles
+from defenses.cetf import Stagnation, rectangles
 from defenses.fip import Spectrum, fisher_trace
 from defenses.ft_sam import ascent
 from defenses.i_bau import implicit
@@ -28,7 +30,7 @@ from defenses.ssft import Gate, critical, stage, suppress
 from defenses.trap_and_replace import decoder, total_variation
 from defenses.ulrl import reset
 from dhbe.adversarial import universal
-from dhbe.data import Budget, DefenderData, Resident, TrainingBatches
+from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, even, to_float
 from dhbe.errors import ConfigError
 from dhbe.evaluate import Evaluator
 from dhbe.features import blocks, capture, executed_after, smooth_cam, stages, unrecorded
@@ -312,6 +314,100 @@ def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
     assert state["global_step"] % 37 > 0, "37 batches are an epoch"
 
 
+def test_unlearning_that_was_done_is_not_done_again(toys, make_runtime) -> None:
+    """A run killed in a later stage comes back to the same network."""
+    clean, _, _, given, _ = toys
+    schedule = Schedule(
+        epochs=5,
+        batch_size=32,
+        learning_rate=1.0,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=0,
+        schedule="cosine",
+        milestones=[],
+        decay=1,
+    )
+    first, again = copy.deepcopy(clean), copy.deepcopy(clean)
+    reached = [
+        unlearn(n, given, schedule, make_runtime(), stop_accuracy=0.4, clip=20.0)
+        for n in (first, again)
+    ]
+    assert reached[0] == reached[1]
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
+
+
+def test_few_images_are_divided_evenly() -> None:
+    found = [even(n, 128) for n in (500, 400, 128, 129, 40)]
+    assert found == [125, 100, 128, 64, 40]
+
+
+def test_awm_sees_the_images_as_they_are(
+    compose_config, images: Resident, make_runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, data = build("awm", compose_config), granted(images, fraction=0.1)
+    own = {x.numpy().tobytes() for x in to_float(data.clean().resident().images)}
+    seen: list[torch.Tensor] = []
+
+    def spy(network, batches, *, learning_rate: float) -> torch.Tensor:
+        seen.extend(b.images for b in batches)
+        return torch.zeros(1, 3, 16, 16)
+
+    monkeypatch.setattr("defenses.awm.universal", spy)
+    method(suspect(), data, make_runtime())
+    assert len(seen) >= 5
+    assert {x.numpy().tobytes() for b in seen for x in b} <= own
+
+
+def test_cosine_may_end_above_zero(compose_config) -> None:
+    schedule = build("nft", compose_config).schedule
+    rates = [schedule.learning_rate * schedule.factor(p / 5) for p in range(6)]
+    assert rates == pytest.approx([0.05, 0.0471, 0.0396, 0.0304, 0.0229, 0.02], abs=5e-5)
+
+
+def test_pbe_is_adversarial_at_first(
+    compose_config, images: Resident, make_runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = build("pbe", compose_config, adversarial_batches=2)
+    method.schedule.epochs, method.schedule.batch_size = 2, 10
+    count = []
+    monkeypatch.setattr("defenses.pbe.pgd", lambda net, x, y, **_: count.append(len(x)) or x)
+    data = DefenderData(Budget(poisoned=True), pool=images, train_size=400, seed=0, poisoned=images)
+    method(suspect(), data, make_runtime())
+    first = max(1, round(method.first_share * len(images)) // 10)
+    assert len(count) == 2 * first + 2 * len(method.shares)
+
+
+def test_a_frozen_suspect_is_tuned_as_a_whole(
+    compose_config, images: Resident, make_runtime
+) -> None:
+    frozen = suspect()
+    frozen.network.requires_grad_(False)
+    repaired = [
+        build("finetune", compose_config)(s, granted(images, fraction=0.1), make_runtime(work=w))
+        for s, w in ((suspect(), "free"), (frozen, "frozen"))
+    ]
+    for one, other in zip(*(r.state_dict().values() for r in repaired), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_trace_goes_through_attention() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    with sdpa_kernel(SDPBackend.MATH):  # as FIP does
+        out, _ = attention(x, x, x, need_weights=False)
+    each = out.square().mean(dim=(1, 2))
+    fisher_trace(each, list(attention.parameters()), generator(0)).backward()
+    assert float(attention.in_proj_weight.grad.abs().sum()) > 0
+
+
+def test_evolution_ends_without_progress() -> None:
+    ends = Stagnation()
+    values = [5.0, 4.0, *[4.0 - 1e-7] * 12]
+    said = [ends(OptimizeResult(fun=v)) for v in values]
+    assert said.index(True) == 11, "ten generations after the second"
+
+
 def test_sam_step_by_hand() -> None:
     """w = (3, 4), g = (1, 0): |w| g = (3, 0), norm 3; e = 2 * (9, 16) * (1, 0) / 3 = (6, 0)."""
     (step,) = ascent([torch.tensor([3.0, 4])], (torch.tensor([1.0, 0]),), 2.0)
@@ -417,28 +513,36 @@ def test_networks_without_shortcuts_are_refused() -> None:
 def test_trap_and_replace_touches_the_head_alone(
     compose_config, images: Resident, make_runtime
 ) -> None:
-    method = build("trap_and_replace", compose_config)
+    """The head starts anew (its rate is next to nothing) and learns behind heavy dropout."""
+    method = build("trap_and_replace", compose_config, dropout=0.99)
+    method.head_schedule.learning_rate = 1e-9
     network = tiny(SPEC)
-    cut = blocks(network, method="x", least=2)[-2]
+    cut, last = blocks(network, method="x", least=2)[-2:]
     data = granted(images, fraction=0.1)
     before = copy.deepcopy(network.state_dict())
-    method.replace(network, cut, data, make_runtime())
-    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed
+    dropped = []
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        dropped.append(float((args[0].flatten(1) == 0).float().mean()))
+
+    handles = [m.register_forward_hook(watch) for m in (last.conv2, network.network.head)]
+    method.replace(network, cut, [last], data, make_runtime())
+    for handle in handles:
+        handle.remove()
+    assert min(dropped[-2:]) > 0.6, "one of 16 places has to stay for the mean to be there"
+    after = network.state_dict()
+    changed = {k for k, v in after.items() if not torch.allclose(v, before[k], atol=1e-4)}
     assert all(k.startswith(("network.stages.1", "network.head")) for k in changed)
+    assert {k for k in after if k.startswith("network.stages.1") and "conv" in k} <= changed
+    assert "network.head.weight" in changed
 
 
 def test_decoder_and_total_variation() -> None:
-    assert decoder(torch.zeros(2, 64, 8, 8), 32, 3)(torch.zeros(2, 64, 8, 8)).shape[1:] == (
-        3,
-        32,
-        32,
-    )
-    assert decoder(torch.zeros(2, 64, 7, 7), 28, 1)(torch.zeros(2, 64, 7, 7)).shape[1:] == (
-        1,
-        28,
-        28,
-    )
+    for features, size, channels in (((64, 8, 8), 32, 3), ((64, 7, 7), 28, 1), ((64, 7, 7), 32, 3)):
+        x = torch.zeros(2, *features)
+        assert decoder(x, size, channels)(x).shape[1:] == (channels, size, size)
+    published = [type(m).__name__ for m in decoder(torch.zeros(2, 64, 8, 8), 32, 3)]
+    assert published == ["ConvTranspose2d", "ReLU", "ConvTranspose2d", "Sigmoid"]
     x = torch.tensor([[[[0.0, 1], [2, 3]]]])  # down: 4 + 4, right: 1 + 1
     assert float(total_variation(x)) == 10 / 4
 

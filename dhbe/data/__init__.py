@@ -2,7 +2,7 @@
 
 from dhbe.data.access import Budget, DefenderData
 from dhbe.data.images import ImageSet, Resident, Streamed
-from dhbe.data.loader import TrainingBatches, augment, to_float
+from dhbe.data.loader import TrainingBatches, augment, even, to_float
 from dhbe.data.own import OwnImages
 from dhbe.data.splits import Data, Splits
 
@@ -17,5 +17,6 @@ __all__ = [
     "Streamed",
     "TrainingBatches",
     "augment",
+    "even",
     "to_float",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -51,6 +52,14 @@ def augment(images: Tensor, *, padding: int, flip: bool, rng: torch.Generator) -
     pick_b = torch.arange(b, device=device)[:, None, None, None]
     pick_c = torch.arange(c, device=device)[None, :, None, None]
     return padded[pick_b, pick_c, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def even(images: int, batch_size: int) -> int:
+    """Size of as many equal batches as ``batch_size`` would make, the ragged last one included.
+
+    For a handful of images, of which a dropped batch would be a good part: 4 x 125 of 500 and 128.
+    """
+    return images // math.ceil(images / batch_size)
 
 
 class TrainingBatches:
