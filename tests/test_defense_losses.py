@@ -120,7 +120,7 @@ def test_awm(compose_config, images: Resident, make_runtime, monkeypatch) -> Non
     wrong = float(sum(cross_entropies(network((x + delta).clip(0, 1)), y))) / len(x)
     sizes = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv2d))
     hand = method.alpha * clean + (1 - method.alpha) * wrong + method.sparsity * sizes
-    assert float(t.loss(network, batch)) == pytest.approx(hand, rel=1e-5)
+    assert t.loss(network, batch).item() == pytest.approx(hand, rel=1e-5)
 
 
 def test_ulrl(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
@@ -143,7 +143,7 @@ def test_ulrl(compose_config, images: Resident, make_runtime, monkeypatch) -> No
     for k in (5, 7):
         a, b = head.weight[k].detach(), before[k]
         total += method.alpha * float((a * b).sum() / (a.norm() * b.norm()))
-    assert float(t.loss(network, batch)) == pytest.approx(total, rel=1e-5)
+    assert t.loss(network, batch).item() == pytest.approx(total, rel=1e-5)
 
 
 def test_rnp(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
@@ -153,7 +153,7 @@ def test_rnp(compose_config, images: Resident, make_runtime, monkeypatch) -> Non
     batch = next(iter(t.batches))
     logits = t.network.eval()(batch.images)
     hand = method.alpha * float(sum(cross_entropies(logits, batch.labels))) / len(logits)
-    assert float(t.loss(t.network, batch)) == pytest.approx(hand, rel=1e-5)
+    assert t.loss(t.network, batch).item() == pytest.approx(hand, rel=1e-5)
     tuned = {n.split(".")[-1] for n, p in t.network.named_parameters() if p.requires_grad}
     assert tuned == {"mask"}
 
@@ -164,7 +164,7 @@ def test_bait(compose_config, images: Resident, make_runtime, monkeypatch) -> No
     t = training(method, suspect().network, rich(images), make_runtime(), monkeypatch)
     batch, seen = next(iter(t.batches)), []
     handle = t.beside.register_forward_hook(lambda _, __, picture: seen.append(picture.detach()))
-    loss = float(t.loss(t.network.eval(), batch))
+    loss = t.loss(t.network.eval(), batch).item()
     handle.remove()
     drawn = seen[0]
     ce = float(sum(cross_entropies(t.network(batch.images), batch.labels))) / len(drawn)
