@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLease, Timeout
@@ -61,4 +61,6 @@ def _renewed(claim: Path) -> bool:
         with SoftFileLease(claim, lease_duration=LEASE).acquire(blocking=False):
             return False  # of a process of this machine that died
     except Timeout:
-        return time.time() - claim.stat().st_mtime < LEASE
+        with suppress(FileNotFoundError):  # let go in this moment
+            return time.time() - claim.stat().st_mtime < LEASE
+        return False
