@@ -8,12 +8,14 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import make_spec
 from test_attacks import badnets, tiny
 from test_defenses import DEFENSES, build, granted
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 
 from defenses.abl import local_ascent
 from defenses.anp import ANP
@@ -458,12 +460,45 @@ def test_class_activation_looks_at_the_bright_spot() -> None:
 
 
 def test_fresh_networks_are_new_and_seeded() -> None:
-    network = tiny(SPEC)
-    a, b, c = fresh(network, 1), fresh(network, 1), fresh(network, 2)
-    keys = [k for k, v in network.state_dict().items() if v.ndim == 4 and "network" in k]
-    assert all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in keys)
-    assert not any(torch.equal(a.state_dict()[k], c.state_dict()[k]) for k in keys)
-    assert not any(torch.equal(a.state_dict()[k], network.state_dict()[k]) for k in keys)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=4, img_size=16, patch_size=8, depth=1
+    )
+    for network in (tiny(SPEC), Normalized(vit, SPEC), Normalized(Attentive(), SPEC)):
+        trained(network)
+        a, b, c = (dict(fresh(network, s, method="x").named_parameters()) for s in (1, 1, 2))
+        for key, old in network.named_parameters():
+            assert torch.equal(a[key], b[key])
+            assert not torch.equal(a[key], old), key
+            constant = (a[key] == a[key].flatten()[0]).all()
+            assert constant or not torch.equal(a[key], c[key]), key
+
+
+@pytest.mark.parametrize(("name", "weight"), [("vit_b_32", "class_token"), ("convnext", "gamma")])
+def test_a_network_that_cannot_start_anew_is_refused(name: str, weight: str) -> None:
+    if name == "convnext":
+        network = timm.create_model("convnext_atto", num_classes=4, depths=(1, 1, 1, 1))
+    else:
+        network = VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=4)
+    suspect = trained(Normalized(network, SPEC))
+    with pytest.raises(ConfigError, match=rf"defense=abl: it trains anew, .*{weight}.*finetune"):
+        fresh(suspect, 1, method="abl")
+
+
+class Attentive(nn.Module):
+    """Attention's own weights are drawn by a method of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+
+def trained(network: Normalized) -> Normalized:
+    """The network with no weight where it was, so that none is a constant."""
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p))
+    return network
 
 
 # ---------------------------------------------------------------- on a toy victim that works
