@@ -21,6 +21,7 @@ from defenses.abl import local_ascent
 from defenses.anp import ANP
 from defenses.awm import AWM
 from defenses.cetf import rectangles
+from defenses.fine_pruning import head_accuracy
 from defenses.fip import Spectrum, fisher_trace
 from defenses.ft_sam import ascent
 from defenses.i_bau import implicit
@@ -170,6 +171,56 @@ def test_choice_follows_the_selection(
     assert choice == expected
     assert (accuracy(chosen, data.validation(), make_runtime()) == 1) == (expected < 0.9)
     assert (classifier(network).weight != 0).any(), "works on copies"
+
+
+@pytest.mark.parametrize(("relative", "expected"), [(False, 0.5), (True, 0.2)])
+def test_a_drop_in_points_or_in_shares(
+    relative: bool, expected: float, images: Resident, make_runtime
+) -> None:
+    """From 50 % by 10: 42 % are within 10 points, but below nine tenths."""
+    accuracies = {0.0: 0.5, 0.2: 0.46, 0.5: 0.42, 0.9: 0.39}
+
+    def mark(net: Normalized, choice: float) -> None:
+        classifier(net).bias.data[0] = choice
+
+    def measure(net: Normalized) -> float:
+        return accuracies[round(float(classifier(net).bias[0].detach()), 1)]
+
+    network = tiny(SPEC)
+    mark(network, 0.0)
+    choice, _ = choose(
+        network,
+        [*accuracies],
+        mark,
+        fixed=0.0,
+        selection="validation",
+        max_drop=0.1,
+        data=granted(images, fraction=0.1),
+        runtime=make_runtime(),
+        relative=relative,
+        measure=measure,
+    )
+    assert choice == expected
+
+
+def test_fine_pruning_drops_a_share_and_measures_the_head_alone(
+    compose_config, images: Resident, make_runtime, monkeypatch
+) -> None:
+    network, seen = tiny(SPEC), {}
+
+    def spy(network, *args, **how):
+        seen.update(how)
+        return choose(network, *args, **how)
+
+    monkeypatch.setattr("defenses.fine_pruning.choose", spy)
+    data = granted(Oracle.of(images, network), fraction=0.1)
+    build("fine_pruning", compose_config).repair(copy.deepcopy(network), data, make_runtime())
+    assert seen["relative"]
+    measure = head_accuracy(network, images, make_runtime())
+    pruned = copy.deepcopy(network)
+    classifier(pruned).weight.data[:, ::2] = 0
+    for net in (network, pruned):
+        assert measure(net) == accuracy(net, images, make_runtime())
 
 
 class Oracle:
