@@ -85,6 +85,9 @@ def assemble(tree: dict[str, Any]) -> Parts:
     defense.check(budget)
     defense.fits(data.spec)
     attack: Attack = config.build(tree["attack"], spec=data.spec)
+    if defense.selection == "oracle" and not attack.active:
+        allowed = "fixed or validation with attack=none: an oracle reads the attack's success rate"
+        raise got("defense.selection", "oracle", allowed)
     if tree["victim"]["_target_"] == CHECKPOINT and attack.active and not attack.portable:
         raise got(
             "attack",

@@ -217,6 +217,21 @@ def test_oracle_is_closed_unless_it_is_chosen(images: Resident) -> None:
         Budget(), pool=images, train_size=400, seed=0, oracle=lambda net: {"acc": 1.0, "asr": 0.5}
     )
     assert data.oracle(nn.Identity()) == {"acc": 1.0, "asr": 0.5}
+    data = DefenderData(
+        Budget(), pool=images, train_size=400, seed=0, oracle=lambda net: {"acc": 1.0}
+    )
+    with pytest.raises(ConfigError, match=r"defense\.selection=oracle: expected fixed"):
+        data.oracle(nn.Identity())
+
+
+def test_two_images_leave_one_to_validate_on(images: Resident) -> None:
+    two = images.subset((images.labels < 2).nonzero().flatten())
+    data = granted(two, per_class=1)
+    assert (len(data.clean(hold_out_validation=True)), len(data.validation())) == (1, 1)
+    single = granted(images, fraction=1 / 400)
+    assert len(single.clean()) == 1
+    with pytest.raises(BudgetError, match="budget=test: one clean image cannot both"):
+        single.clean(hold_out_validation=True)
 
 
 def test_incoming_images_are_half_triggered_and_not_the_granted_ones(images: Resident) -> None:
