@@ -136,6 +136,7 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
         data = Forbidden(Budget(name="none")) if free else rich(images)
         runtime = make_runtime(work=work)
         results.append(defense(victim, data, runtime))
+    said = " ".join(runtime.recorder.notes)
     for key, value in victim.network.state_dict().items():
         assert torch.equal(value, before[key]), f"the suspect's {key} changed"
     x = torch.rand(3, *victim.spec.shape)
@@ -145,6 +146,13 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
     assert not results[0].training
     assert results[0].state_dict().keys() == before.keys()
     assert results[0] is not victim.network
+    reloaded = copy.deepcopy(victim.network)
+    reloaded.load_state_dict(results[0].state_dict())
+    if results[0].unwritten:
+        assert name == "ssft", "what was measured is not what the weights say"
+        assert results[0].unwritten in said
+    else:
+        torch.testing.assert_close(reloaded(x), first)
 
 
 @pytest.mark.parametrize("name", DEFENSES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,12 +28,13 @@ from defenses.ft_sam import ascent
 from defenses.i_bau import implicit
 from defenses.nad import attention
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
-from defenses.ssft import Gate, critical, stage, suppress
+from defenses.ssft import SSFT, Gate, carrier, critical, stage, suppress, takes_input
 from defenses.trap_and_replace import decoder, total_variation
 from defenses.ulrl import reset
 from dhbe.adversarial import universal
+from dhbe.checkpoint import CheckpointFile
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches
-from dhbe.errors import ConfigError
+from dhbe.errors import ArtefactError, ConfigError
 from dhbe.evaluate import Evaluator
 from dhbe.features import blocks, capture, executed_after, smooth_cam, stages, unrecorded
 from dhbe.masks import attach, clamp, fold, norms, prune
@@ -43,6 +45,7 @@ from dhbe.models.normalized import fresh
 from dhbe.models.other import vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet
 from dhbe.models.resnet import resnet
+from dhbe.pipeline import save_weights
 from dhbe.rng import generator
 from dhbe.selection import accuracy, choose
 from dhbe.training import Schedule
@@ -451,6 +454,87 @@ def test_suppressed_shortcuts() -> None:
     assert [b in found[2:4] for b in stage(network, found[3])] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        resnet(depth=18, stem="cifar", classes=4, channels=3, image_size=16),
+        PreActResNet18(classes=4, channels=3, image_size=16),
+        WideResNet(depth=16, widen=1, classes=4, channels=3, image_size=16),
+    ],
+    ids=["resnet18", "preact", "wrn"],
+)
+def test_a_shortcut_times_one_is_the_shortcut(network: nn.Module) -> None:
+    network = Normalized(network, SPEC)
+    network(torch.rand(8, *SPEC.shape))  # statistics of something
+    network.eval()
+    x, _ = batch()
+    with torch.no_grad():
+        for position, block in enumerate(blocks(network, method="x", least=6)):
+            scaled = copy.deepcopy(network)
+            suppress(blocks(scaled, method="x", least=6)[position], 1.0)
+            torch.testing.assert_close(scaled(x), network(x), msg=f"block {position}")
+            half = copy.deepcopy(network)
+            suppress(blocks(half, method="x", least=6)[position], 0.5)
+            assert not torch.allclose(half(x), network(x)), f"block {position}"
+            if carrier(block) is None:
+                assert takes_input(network, position)
+            else:
+                plain = copy.deepcopy(network)
+                plain.load_state_dict(half.state_dict())
+                assert torch.equal(plain(x), half(x)), "in the weights"
+
+
+class Stranger(nn.Module):
+    """Adds twice its input; whoever gates a shortcut changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample: nn.Module | None = None
+        self.conv2 = nn.Conv2d(3, 3, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skipped = 2 * x if self.downsample is None else self.downsample(x)
+        out: torch.Tensor = self.conv2(x) + skipped
+        return out
+
+
+def ssft(compose_config, **options) -> SSFT:
+    method = build("ssft", compose_config, **options)
+    assert isinstance(method, SSFT)
+    return method
+
+
+def test_positions_that_do_not_exist_are_refused(compose_config, images, make_runtime) -> None:
+    network, data = tiny(SPEC), granted(images, fraction=0.1)
+    for block in (2, 12, -3):
+        method = ssft(compose_config, selection="fixed", block=block)
+        with pytest.raises(ConfigError, match=rf"defense\.block={block}: expected one of 0, 1,"):
+            method.repair(network, data, make_runtime())
+    method.weights_only = True
+    assert method.places(network) == [1]
+    method.block = -2
+    with pytest.raises(ConfigError, match=r"defense\.block=-2: expected one of 1 \(shortcuts"):
+        method.repair(network, data, make_runtime())
+    network = Normalized(nn.Sequential(Stranger(), nn.Flatten(), nn.Linear(768, 4)), SPEC).eval()
+    with pytest.raises(ConfigError, match="1 residual blocks has weights that could be suppressed"):
+        ssft(compose_config).places(network)
+
+
+def test_what_weights_do_not_say_is_said_and_not_loaded(
+    compose_config, images, make_runtime, tmp_path
+) -> None:
+    runtime, data = make_runtime(), granted(images, fraction=0.1)
+    method = ssft(compose_config, selection="fixed", block=0)
+    repaired = method.repair(tiny(SPEC), data, runtime)
+    assert "network.stages.0.0 has no shortcut any more" in runtime.recorder.notes[1]
+    tree, parts = {"data": {"name": "x"}, "model": {}}, SimpleNamespace(victim=None)
+    save_weights(tmp_path, tree, parts, repaired)  # type: ignore[arg-type]
+    with pytest.raises(ArtefactError, match=r"not the network that was .*stages\.0\.0 has"):
+        CheckpointFile(path=str(tmp_path / "purified.safetensors")).load_into(tiny(SPEC))
+    folded = ssft(compose_config, selection="fixed", block=1).repair(tiny(SPEC), data, runtime)
+    assert folded.unwritten == ""
+
+
 def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resident) -> None:
     def measure(net) -> dict[str, float]:
         inner = [b.downsample for b in blocks(net, method="x", least=1)]
@@ -459,7 +543,8 @@ def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resi
 
     network = resnet(depth=18, stem="cifar", classes=10, channels=3, image_size=32)
     data = DefenderData(Budget(), pool=images, train_size=400, seed=0, oracle=measure)
-    assert critical(network, data) == 1
+    assert critical(network, [*range(8)], data) == 1
+    assert critical(network, [0, 3], data) == 0
 
 
 def test_networks_without_shortcuts_are_refused() -> None:

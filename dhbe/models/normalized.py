@@ -18,8 +18,13 @@ class Normalized(nn.Module):
     Args:
         network: takes normalised images (B, C, H, W), gives logits (B, classes).
         spec: holds mean and std per channel.
+
+    Attributes:
+        unwritten: what no weight says of this network, in words: one of the suspect's architecture
+            that loads its weights computes something else.
     """
 
+    unwritten: str = ""
     mean: Tensor
     std: Tensor
     network: nn.Module
