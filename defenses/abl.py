@@ -48,7 +48,7 @@ class ABL(Defense):
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         given = data.poisoned()
-        network = fresh(network, runtime.derive("abl"))
+        network = fresh(network, runtime.derive("abl"), method="abl")
 
         def train(name: str, images: Resident, schedule: Schedule, loss: Loss) -> None:
             own = runtime.stage(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ class FinePruning(Defense):
 
     Args:
         share: of features to prune with ``selection=fixed``; else 0 %, 1 % ... 99 % are tried.
-        max_drop: of validation accuracy (a fraction), with ``selection=validation``.
+        max_drop: share of the validation accuracy that may be lost, with ``selection=validation``.
     """
 
     needs: ClassVar[Budget] = Budget(fraction=1e-9)
@@ -42,8 +43,9 @@ class FinePruning(Defense):
         self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        clean = data.clean(hold_out_validation=self.selection == "validation")
-        order = mean_features(network, clean, runtime).argsort()
+        validated = self.selection == "validation"
+        clean = data.clean(hold_out_validation=validated)
+        order = features(network, clean, runtime).abs().mean(dim=0).argsort()
 
         def cut(net: Normalized, share: float) -> None:
             classifier(net).weight.data[:, order[: round(share * len(order))]] = 0
@@ -57,6 +59,8 @@ class FinePruning(Defense):
             max_drop=self.max_drop,
             data=data,
             runtime=runtime,
+            relative=True,
+            measure=head_accuracy(network, data.validation(), runtime) if validated else None,
         )
         runtime.recorder.notes.append(f"fine_pruning pruned {share:.0%} of {len(order)} features")
         batches = TrainingBatches(
@@ -77,11 +81,24 @@ class FinePruning(Defense):
         return network
 
 
+def head_accuracy(
+    network: Normalized, images: ImageSet, runtime: Runtime
+) -> Callable[[Normalized], float]:
+    """Function that gives the accuracy of networks that differ in the classifier alone."""
+    seen, labels = features(network, images, runtime), images.labels.to(runtime.device)
+
+    @torch.no_grad()
+    def measure(net: Normalized) -> float:
+        return int((classifier(net)(seen).argmax(1) == labels).sum()) / len(labels)
+
+    return measure
+
+
 @torch.no_grad()
-def mean_features(network: Normalized, images: ImageSet, runtime: Runtime) -> Tensor:
-    """Mean absolute activation (F,) of the features before the classifier."""
+def features(network: Normalized, images: ImageSet, runtime: Runtime) -> Tensor:
+    """Features (N, F) before the classifier."""
     parts = []
     for raw, _ in images.batches(torch.arange(len(images)), 500):
         x = to_float(raw.to(runtime.device)).to(runtime.dtype)
-        parts.append(penultimate(network, x)[0].abs())
-    return torch.cat(parts).mean(dim=0)
+        parts.append(penultimate(network, x)[0])
+    return torch.cat(parts)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from dhbe.data import Budget, DefenderData, TrainingBatches
 from dhbe.defense import Defense
+from dhbe.errors import ConfigError, got
 from dhbe.features import blocks, shortcut_name
 from dhbe.models import Normalized
+from dhbe.rng import generator
 from dhbe.runtime import Runtime
 from dhbe.selection import Selection, accuracy
 from dhbe.training import Schedule, Supervised
@@ -29,8 +31,9 @@ class SSFT(Defense):
     ``candidates`` blocks, and the one with the best validation accuracy is kept. ``fixed`` takes
     ``block``.
 
-    A suppressed identity shortcut has no weight to show it: the purified weights only mean the same
-    in a network whose shortcut is removed likewise.
+    A shortcut with weights carries the factor in them. An identity shortcut has none: the purified
+    weights only mean the same in a network without it, which a note and the metadata of the weights
+    file say. Where only weights may change (``task=purify``) such blocks are left out.
 
     Args:
         block: position of the block, negative from the end.
@@ -51,19 +54,51 @@ class SSFT(Defense):
         self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        found = blocks(network, method="ssft", least=1)
+        places, count = self.places(network), len(blocks(network, method="ssft", least=1))
         if self.selection == "validation":
-            tried = range(max(0, len(found) - self.candidates), len(found))
+            tried = places[-self.candidates :]
             results = {i: self.tune(network, i, data, runtime) for i in tried}
             held = data.validation()
             chosen = max(tried, key=lambda i: accuracy(results[i], held, runtime))
             repaired = results[chosen]
         else:
             oracle = self.selection == "oracle"
-            chosen = critical(network, data) if oracle else self.block % len(found)
+            chosen = critical(network, places, data) if oracle else self.given(places, count)
             repaired = self.tune(network, chosen, data, runtime)
-        runtime.recorder.notes.append(f"ssft: shortcut of block {chosen + 1} of {len(found)}")
+        runtime.recorder.notes.append(f"ssft: shortcut of block {chosen + 1} of {count}")
+        if repaired.unwritten:
+            runtime.recorder.notes.append(f"ssft: {repaired.unwritten}; no weight says so")
         return repaired
+
+    def places(self, network: Normalized) -> list[int]:
+        """Positions of the blocks that may be chosen.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = blocks(network, method="ssft", least=1)
+        allowed = [i for i, b in enumerate(found) if carrier(b) is not None]
+        if not self.weights_only:
+            allowed = [i for i in range(len(found)) if i in allowed or takes_input(network, i)]
+        if not allowed:
+            raise ConfigError(
+                f"defense=ssft: no shortcut of the network's {len(found)} residual blocks has "
+                "weights that could be suppressed; use dhbe, finetune, nft or anp"
+            )
+        return allowed
+
+    def given(self, places: list[int], count: int) -> int:
+        """``block``, counted from the first of ``count``.
+
+        Raises:
+            ConfigError: it is not among ``places``.
+        """
+        position = self.block + count if self.block < 0 else self.block
+        if position not in places:
+            kind = "" if len(places) == count else " (shortcuts that can be suppressed here)"
+            allowed = f"one of {', '.join(map(str, places))}{kind}, or counted from the end"
+            raise got("defense.block", self.block, allowed)
+        return position
 
     def tune(
         self, network: Normalized, position: int, data: DefenderData, runtime: Runtime
@@ -71,6 +106,9 @@ class SSFT(Defense):
         """A copy with this block's shortcut suppressed and its stage fine-tuned."""
         network = copy.deepcopy(network)
         block = blocks(network, method="ssft", least=1)[position]
+        if carrier(block) is None:
+            name = next(n for n, m in network.named_modules() if m is block)
+            network.unwritten = f"{name} has no shortcut any more"
         suppress(block, 0.0)
         network.requires_grad_(False)
         for sibling in stage(network, block):
@@ -103,22 +141,41 @@ class Gate(nn.Module):
         return self.factor * passed
 
 
-def suppress(block: nn.Module, factor: float) -> None:
-    """Multiply a block's shortcut by ``factor``, in place.
+def carrier(block: nn.Module) -> nn.Conv2d | nn.BatchNorm2d | None:
+    """The last layer of a block's shortcut, if a factor on its weights is one on the shortcut."""
+    inner = getattr(block, shortcut_name(block) or "")
+    layers = [] if inner is None else [*inner.modules()]
+    last = next((m for m in reversed(layers) if not isinstance(m, nn.Identity)), None)
+    if isinstance(last, nn.Conv2d) or (isinstance(last, nn.BatchNorm2d) and last.affine):
+        return last
+    return None
 
-    A shortcut with BatchNorm at its end carries the factor in its weights; a bare convolution, too.
-    """
-    name = shortcut_name(block)
-    assert name is not None
-    inner = getattr(block, name)
-    last = None if inner is None else [*inner.modules()][-1]
-    if last is None or getattr(last, "weight", None) is None:
-        setattr(block, name, Gate(inner, factor))
+
+def suppress(block: nn.Module, factor: float) -> None:
+    """Multiply a block's shortcut by ``factor``, in place: in its weights where it has them."""
+    last = carrier(block)
+    if last is None:
+        name = shortcut_name(block)
+        assert name is not None
+        setattr(block, name, Gate(getattr(block, name), factor))
         return
     with torch.no_grad():
         last.weight.mul_(factor)
         if last.bias is not None:
             last.bias.mul_(factor)
+
+
+@torch.no_grad()
+def takes_input(network: Normalized, position: int) -> bool:
+    """Whether a gate in a block's shortcut gates it: with factor 1 no logit and no key changes.
+
+    Other libraries' blocks may hand a module what they do not hand on without one.
+    """
+    gated = copy.deepcopy(network)
+    suppress(blocks(gated, method="ssft", least=1)[position], 1.0)
+    probe = torch.rand(network.probe().shape, generator=generator(0)).to(network.mean)
+    same = gated.state_dict().keys() == network.state_dict().keys()
+    return same and torch.allclose(gated(probe), network(probe))
 
 
 def stage(network: nn.Module, block: nn.Module) -> list[nn.Module]:
@@ -132,14 +189,17 @@ def stage(network: nn.Module, block: nn.Module) -> list[nn.Module]:
     return [c for c in parent.children() if width(c) == width(block)]
 
 
-def critical(network: Normalized, data: DefenderData) -> int:
-    """The block with the largest jump of ASR over its shortcut's factor (published; an oracle)."""
+def critical(network: Normalized, places: list[int], data: DefenderData) -> int:
+    """The block of ``places`` with the largest jump of ASR over its shortcut's factor (published).
+
+    An oracle.
+    """
     jumps = []
-    for position in range(len(blocks(network, method="ssft", least=1))):
+    for position in places:
         rates = []
         for tenth in range(11):
             candidate = copy.deepcopy(network)
             suppress(blocks(candidate, method="ssft", least=1)[position], tenth / 10)
             rates.append(data.oracle(candidate)["asr"])
         jumps.append(max((b - a) / math.exp(a) for a, b in itertools.pairwise(rates)))
-    return jumps.index(max(jumps))
+    return places[jumps.index(max(jumps))]

@@ -56,7 +56,7 @@ class TrapAndReplace(Defense):
         self.schedule, self.head_schedule = schedule, head_schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        network = fresh(network, runtime.derive("trap")).eval()
+        network = fresh(network, runtime.derive("trap"), method="trap_and_replace").eval()
         found = blocks(network, method="trap_and_replace", least=self.head_blocks + 1)
         cut, *trapped = found[-1 - self.head_blocks :]
         self.bait(network, cut, data, runtime.stage("bait"))

@@ -22,6 +22,8 @@ class Defense(ABC):
     needs: ClassVar[Budget] = Budget()
     """The least that the method can work with; checked before any data is read."""
     selection: Selection = "fixed"
+    weights_only: bool = False
+    """Whether weights are all that may change, because somebody's own code will load them."""
 
     @classmethod
     def check(cls, budget: Budget) -> None:

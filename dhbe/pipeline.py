@@ -22,6 +22,7 @@ from dhbe import config, processes, results, victim
 from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.checkpoint.inference import TARGET as CHECKPOINT
+from dhbe.checkpoint.loading import UNWRITTEN
 from dhbe.data import Budget, Data, DefenderData, OwnImages, Splits
 from dhbe.defense import Defense
 from dhbe.errors import ArtefactError, ConfigError, got
@@ -85,6 +86,9 @@ def assemble(tree: dict[str, Any]) -> Parts:
     defense.check(budget)
     defense.fits(data.spec)
     attack: Attack = config.build(tree["attack"], spec=data.spec)
+    if defense.selection == "oracle" and not attack.active:
+        allowed = "fixed or validation with attack=none: an oracle reads the attack's success rate"
+        raise got("defense.selection", "oracle", allowed)
     if tree["victim"]["_target_"] == CHECKPOINT and attack.active and not attack.portable:
         raise got(
             "attack",
@@ -93,6 +97,7 @@ def assemble(tree: dict[str, Any]) -> Parts:
             "and a checkpoint does not bring it",
             "trigger=PICTURE stands for a known trigger",
         )
+    defense.weights_only = tree["victim"]["_target_"] == CHECKPOINT
     return Parts(
         data=data,
         attack=attack,
@@ -227,6 +232,8 @@ def save_weights(work: Path, tree: dict[str, Any], parts: Parts, purified: Norma
     about = {"data": tree["data"]["name"], "image_size": str(purified.spec.image_size)}
     if "stem_stride" in tree["model"]:
         about["stem_stride"] = str(tree["model"]["stem_stride"])
+    if purified.unwritten:
+        about[UNWRITTEN] = purified.unwritten
     kept = work / "purified.safetensors"
     save_file(weights, kept, metadata=about)
     if isinstance(parts.victim, CheckpointFile):

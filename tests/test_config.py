@@ -98,6 +98,13 @@ def test_budget_too_small_is_a_config_error(compose_config) -> None:
         assemble(plain(compose_config("defense=finetune", "budget=none")))
 
 
+def test_an_oracle_without_an_attack_is_refused(compose_config) -> None:
+    choices = ("defense=anp", "defense.selection=oracle")
+    with pytest.raises(ConfigError, match=r"defense\.selection=oracle: expected .*attack=none"):
+        assemble(plain(compose_config(*choices, "attack=none")))
+    assert assemble(plain(compose_config(*choices))).defense.selection == "oracle"
+
+
 def test_defense_brings_its_own_budget_and_victims_their_network(compose_config) -> None:
     assert compose_config("defense=finetune").budget.name == "pct5"
     assert compose_config("defense=finetune", "budget=pct1").budget.name == "pct1"

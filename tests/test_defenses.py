@@ -136,6 +136,7 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
         data = Forbidden(Budget(name="none")) if free else rich(images)
         runtime = make_runtime(work=work)
         results.append(defense(victim, data, runtime))
+    said = " ".join(runtime.recorder.notes)
     for key, value in victim.network.state_dict().items():
         assert torch.equal(value, before[key]), f"the suspect's {key} changed"
     x = torch.rand(3, *victim.spec.shape)
@@ -145,6 +146,13 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
     assert not results[0].training
     assert results[0].state_dict().keys() == before.keys()
     assert results[0] is not victim.network
+    reloaded = copy.deepcopy(victim.network)
+    reloaded.load_state_dict(results[0].state_dict())
+    if results[0].unwritten:
+        assert name == "ssft", "what was measured is not what the weights say"
+        assert results[0].unwritten in said
+    else:
+        torch.testing.assert_close(reloaded(x), first)
 
 
 @pytest.mark.parametrize("name", DEFENSES)
@@ -217,6 +225,21 @@ def test_oracle_is_closed_unless_it_is_chosen(images: Resident) -> None:
         Budget(), pool=images, train_size=400, seed=0, oracle=lambda net: {"acc": 1.0, "asr": 0.5}
     )
     assert data.oracle(nn.Identity()) == {"acc": 1.0, "asr": 0.5}
+    data = DefenderData(
+        Budget(), pool=images, train_size=400, seed=0, oracle=lambda net: {"acc": 1.0}
+    )
+    with pytest.raises(ConfigError, match=r"defense\.selection=oracle: expected fixed"):
+        data.oracle(nn.Identity())
+
+
+def test_two_images_leave_one_to_validate_on(images: Resident) -> None:
+    two = images.subset((images.labels < 2).nonzero().flatten())
+    data = granted(two, per_class=1)
+    assert (len(data.clean(hold_out_validation=True)), len(data.validation())) == (1, 1)
+    single = granted(images, fraction=1 / 400)
+    assert len(single.clean()) == 1
+    with pytest.raises(BudgetError, match="budget=test: one clean image cannot both"):
+        single.clean(hold_out_validation=True)
 
 
 def test_incoming_images_are_half_triggered_and_not_the_granted_ones(images: Resident) -> None:

@@ -100,6 +100,17 @@ def test_with_a_users_images(given: Path) -> None:
     assert re.search(r"the trigger moves \d+ of 20 images to another class", " ".join(m["notes"]))
 
 
+def test_a_suppressed_shortcut_is_one_of_weights(given: Path) -> None:
+    """The user's own class, with both its shortcuts, loads the network that SSFT measured."""
+    options = {"image_size": 32, "classes": 5, "overrides": ["defense.schedule.epochs=1", *PROBE]}
+    purified = dhbe.purify(network(), defense="ssft", clean=given / "images", **options)  # type: ignore[arg-type]
+    loaded = network(1)
+    loaded.load_state_dict(purified.state_dict(), strict=True)
+    x = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), purified(x))
+    assert (loaded.stages[1][0].downsample(torch.rand(1, 16, 8, 8)) == 0).all()
+
+
 def test_choices_that_do_not_go_together(given: Path, compose_config) -> None:
     for attack, choice, message in (
         ("none", "trigger=a.png", "data.test=None: expected labelled images to try trigger=a.png"),

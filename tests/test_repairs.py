@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import make_spec
 from scipy.optimize import OptimizeResult
@@ -16,22 +18,25 @@ from test_defenses import DEFENSES, build, granted, suspect
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.models import VisionTransformer
 
 from defenses.abl import local_ascent
 from defenses.anp import ANP
 from defenses.awm import AWM
 from defenses.cetf import Stagnation, rectangles
+from defenses.fine_pruning import head_accuracy
 from defenses.fip import Spectrum, fisher_trace
 from defenses.ft_sam import ascent
 from defenses.i_bau import implicit
 from defenses.nad import attention
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
-from defenses.ssft import Gate, critical, stage, suppress
+from defenses.ssft import SSFT, Gate, carrier, critical, stage, suppress, takes_input
 from defenses.trap_and_replace import decoder, total_variation
 from defenses.ulrl import reset
 from dhbe.adversarial import universal
+from dhbe.checkpoint import CheckpointFile
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, even, to_float
-from dhbe.errors import ConfigError
+from dhbe.errors import ArtefactError, ConfigError
 from dhbe.evaluate import Evaluator
 from dhbe.features import blocks, capture, executed_after, smooth_cam, stages, unrecorded
 from dhbe.masks import attach, clamp, fold, norms, prune
@@ -42,6 +47,7 @@ from dhbe.models.normalized import fresh
 from dhbe.models.other import vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet
 from dhbe.models.resnet import resnet
+from dhbe.pipeline import save_weights
 from dhbe.rng import generator
 from dhbe.selection import accuracy, choose
 from dhbe.training import Schedule
@@ -170,6 +176,56 @@ def test_choice_follows_the_selection(
     assert choice == expected
     assert (accuracy(chosen, data.validation(), make_runtime()) == 1) == (expected < 0.9)
     assert (classifier(network).weight != 0).any(), "works on copies"
+
+
+@pytest.mark.parametrize(("relative", "expected"), [(False, 0.5), (True, 0.2)])
+def test_a_drop_in_points_or_in_shares(
+    relative: bool, expected: float, images: Resident, make_runtime
+) -> None:
+    """From 50 % by 10: 42 % are within 10 points, but below nine tenths."""
+    accuracies = {0.0: 0.5, 0.2: 0.46, 0.5: 0.42, 0.9: 0.39}
+
+    def mark(net: Normalized, choice: float) -> None:
+        classifier(net).bias.data[0] = choice
+
+    def measure(net: Normalized) -> float:
+        return accuracies[round(float(classifier(net).bias[0].detach()), 1)]
+
+    network = tiny(SPEC)
+    mark(network, 0.0)
+    choice, _ = choose(
+        network,
+        [*accuracies],
+        mark,
+        fixed=0.0,
+        selection="validation",
+        max_drop=0.1,
+        data=granted(images, fraction=0.1),
+        runtime=make_runtime(),
+        relative=relative,
+        measure=measure,
+    )
+    assert choice == expected
+
+
+def test_fine_pruning_drops_a_share_and_measures_the_head_alone(
+    compose_config, images: Resident, make_runtime, monkeypatch
+) -> None:
+    network, seen = tiny(SPEC), {}
+
+    def spy(network, *args, **how):
+        seen.update(how)
+        return choose(network, *args, **how)
+
+    monkeypatch.setattr("defenses.fine_pruning.choose", spy)
+    data = granted(Oracle.of(images, network), fraction=0.1)
+    build("fine_pruning", compose_config).repair(copy.deepcopy(network), data, make_runtime())
+    assert seen["relative"]
+    measure = head_accuracy(network, images, make_runtime())
+    pruned = copy.deepcopy(network)
+    classifier(pruned).weight.data[:, ::2] = 0
+    for net in (network, pruned):
+        assert measure(net) == accuracy(net, images, make_runtime())
 
 
 class Oracle:
@@ -494,6 +550,87 @@ def test_suppressed_shortcuts() -> None:
     assert [b in found[2:4] for b in stage(network, found[3])] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        resnet(depth=18, stem="cifar", classes=4, channels=3, image_size=16),
+        PreActResNet18(classes=4, channels=3, image_size=16),
+        WideResNet(depth=16, widen=1, classes=4, channels=3, image_size=16),
+    ],
+    ids=["resnet18", "preact", "wrn"],
+)
+def test_a_shortcut_times_one_is_the_shortcut(network: nn.Module) -> None:
+    network = Normalized(network, SPEC)
+    network(torch.rand(8, *SPEC.shape))  # statistics of something
+    network.eval()
+    x, _ = batch()
+    with torch.no_grad():
+        for position, block in enumerate(blocks(network, method="x", least=6)):
+            scaled = copy.deepcopy(network)
+            suppress(blocks(scaled, method="x", least=6)[position], 1.0)
+            torch.testing.assert_close(scaled(x), network(x), msg=f"block {position}")
+            half = copy.deepcopy(network)
+            suppress(blocks(half, method="x", least=6)[position], 0.5)
+            assert not torch.allclose(half(x), network(x)), f"block {position}"
+            if carrier(block) is None:
+                assert takes_input(network, position)
+            else:
+                plain = copy.deepcopy(network)
+                plain.load_state_dict(half.state_dict())
+                assert torch.equal(plain(x), half(x)), "in the weights"
+
+
+class Stranger(nn.Module):
+    """Adds twice its input; whoever gates a shortcut changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample: nn.Module | None = None
+        self.conv2 = nn.Conv2d(3, 3, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skipped = 2 * x if self.downsample is None else self.downsample(x)
+        out: torch.Tensor = self.conv2(x) + skipped
+        return out
+
+
+def ssft(compose_config, **options) -> SSFT:
+    method = build("ssft", compose_config, **options)
+    assert isinstance(method, SSFT)
+    return method
+
+
+def test_positions_that_do_not_exist_are_refused(compose_config, images, make_runtime) -> None:
+    network, data = tiny(SPEC), granted(images, fraction=0.1)
+    for block in (2, 12, -3):
+        method = ssft(compose_config, selection="fixed", block=block)
+        with pytest.raises(ConfigError, match=rf"defense\.block={block}: expected one of 0, 1,"):
+            method.repair(network, data, make_runtime())
+    method.weights_only = True
+    assert method.places(network) == [1]
+    method.block = -2
+    with pytest.raises(ConfigError, match=r"defense\.block=-2: expected one of 1 \(shortcuts"):
+        method.repair(network, data, make_runtime())
+    network = Normalized(nn.Sequential(Stranger(), nn.Flatten(), nn.Linear(768, 4)), SPEC).eval()
+    with pytest.raises(ConfigError, match="1 residual blocks has weights that could be suppressed"):
+        ssft(compose_config).places(network)
+
+
+def test_what_weights_do_not_say_is_said_and_not_loaded(
+    compose_config, images, make_runtime, tmp_path
+) -> None:
+    runtime, data = make_runtime(), granted(images, fraction=0.1)
+    method = ssft(compose_config, selection="fixed", block=0)
+    repaired = method.repair(tiny(SPEC), data, runtime)
+    assert "network.stages.0.0 has no shortcut any more" in runtime.recorder.notes[1]
+    tree, parts = {"data": {"name": "x"}, "model": {}}, SimpleNamespace(victim=None)
+    save_weights(tmp_path, tree, parts, repaired)  # type: ignore[arg-type]
+    with pytest.raises(ArtefactError, match=r"not the network that was .*stages\.0\.0 has"):
+        CheckpointFile(path=str(tmp_path / "purified.safetensors")).load_into(tiny(SPEC))
+    folded = ssft(compose_config, selection="fixed", block=1).repair(tiny(SPEC), data, runtime)
+    assert folded.unwritten == ""
+
+
 def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resident) -> None:
     def measure(net) -> dict[str, float]:
         inner = [b.downsample for b in blocks(net, method="x", least=1)]
@@ -502,7 +639,8 @@ def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resi
 
     network = resnet(depth=18, stem="cifar", classes=10, channels=3, image_size=32)
     data = DefenderData(Budget(), pool=images, train_size=400, seed=0, oracle=measure)
-    assert critical(network, data) == 1
+    assert critical(network, [*range(8)], data) == 1
+    assert critical(network, [0, 3], data) == 0
 
 
 def test_networks_without_shortcuts_are_refused() -> None:
@@ -562,12 +700,45 @@ def test_class_activation_looks_at_the_bright_spot() -> None:
 
 
 def test_fresh_networks_are_new_and_seeded() -> None:
-    network = tiny(SPEC)
-    a, b, c = fresh(network, 1), fresh(network, 1), fresh(network, 2)
-    keys = [k for k, v in network.state_dict().items() if v.ndim == 4 and "network" in k]
-    assert all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in keys)
-    assert not any(torch.equal(a.state_dict()[k], c.state_dict()[k]) for k in keys)
-    assert not any(torch.equal(a.state_dict()[k], network.state_dict()[k]) for k in keys)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=4, img_size=16, patch_size=8, depth=1
+    )
+    for network in (tiny(SPEC), Normalized(vit, SPEC), Normalized(Attentive(), SPEC)):
+        trained(network)
+        a, b, c = (dict(fresh(network, s, method="x").named_parameters()) for s in (1, 1, 2))
+        for key, old in network.named_parameters():
+            assert torch.equal(a[key], b[key])
+            assert not torch.equal(a[key], old), key
+            constant = (a[key] == a[key].flatten()[0]).all()
+            assert constant or not torch.equal(a[key], c[key]), key
+
+
+@pytest.mark.parametrize(("name", "weight"), [("vit_b_32", "class_token"), ("convnext", "gamma")])
+def test_a_network_that_cannot_start_anew_is_refused(name: str, weight: str) -> None:
+    if name == "convnext":
+        network = timm.create_model("convnext_atto", num_classes=4, depths=(1, 1, 1, 1))
+    else:
+        network = VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=4)
+    suspect = trained(Normalized(network, SPEC))
+    with pytest.raises(ConfigError, match=rf"defense=abl: it trains anew, .*{weight}.*finetune"):
+        fresh(suspect, 1, method="abl")
+
+
+class Attentive(nn.Module):
+    """Attention's own weights are drawn by a method of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+
+def trained(network: Normalized) -> Normalized:
+    """The network with no weight where it was, so that none is a constant."""
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p))
+    return network
 
 
 # ---------------------------------------------------------------- on a toy victim that works

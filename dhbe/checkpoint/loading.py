@@ -26,6 +26,8 @@ MAX_NESTING = 4
 MAX_NAME = 300
 """Characters of a weight's name; the longest of known networks have 80."""
 STATISTICS = ("mean", "std")
+UNWRITTEN = "unwritten"
+"""Metadata of this project's files: what the network has that no weight says."""
 
 
 class Checkpoint:
@@ -242,10 +244,15 @@ class CheckpointFile:
         A file of this project also holds the normalisation; others only the network behind it.
 
         Raises:
-            ArtefactError: a weight is missing, left over or of another shape, or the file has
-                changed since the run began.
+            ArtefactError: a weight is missing, left over or of another shape, the file has
+                changed since the run began, or it says that its weights are not all.
         """
         checkpoint = self.unchanged()
+        if said := checkpoint.file.metadata.get(UNWRITTEN):
+            raise ArtefactError(
+                f"victim.path={self.path}: its weights alone are not the network that was "
+                f"measured ({shown(said, 200)}); take the weights of another run"
+            )
         keys = matched(checkpoint, network)
         own = network.network.state_dict()
         weights = {keys[k]: checkpoint.read(k) for k in checkpoint.places}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dhbe.data.images import ImageSet, Resident
 from dhbe.data.loader import to_float
 from dhbe.data.splits import proportional
-from dhbe.errors import BudgetError
+from dhbe.errors import BudgetError, got
 from dhbe.rng import generator
 
 VALIDATION_SHARE = 0.2
@@ -114,7 +114,7 @@ class DefenderData:
             raise self._refuse("clean images")
         rng = generator(self.seed, "validation")
         shuffled = self._chosen[torch.randperm(len(self._chosen), generator=rng)]
-        held = round(VALIDATION_SHARE * len(shuffled))
+        held = max(1, round(VALIDATION_SHARE * len(shuffled)))
         return shuffled[held:], shuffled[:held]
 
     def _images(self, index: Tensor) -> ImageSet:
@@ -122,12 +122,21 @@ class DefenderData:
         return self._pool.subset(index)
 
     def clean(self, *, hold_out_validation: bool = False) -> ImageSet:
-        """The granted clean images; without those of ``validation()`` if they are held out."""
+        """The granted clean images; without those of ``validation()`` if they are held out.
+
+        Raises:
+            BudgetError: there are none, or none besides those held out.
+        """
         fit, held = self._split()
+        if hold_out_validation and not len(fit):
+            raise BudgetError(
+                f"budget={self.budget.name}: one clean image cannot both train and validate; "
+                "choose a larger budget or defense.selection=fixed"
+            )
         return self._images(fit if hold_out_validation else torch.cat([fit, held]))
 
     def validation(self) -> ImageSet:
-        """A fifth of the granted clean images, for choosing thresholds and epochs."""
+        """A fifth of the granted clean images, at least one, for choosing thresholds and epochs."""
         return self._images(self._split()[1])
 
     def poisoned(self) -> Resident:
@@ -147,13 +156,21 @@ class DefenderData:
 
         Raises:
             BudgetError: the defense's selection is not ``oracle``.
+            ConfigError: no test image counts for one of the two.
         """
         if self._oracle is None:
             raise BudgetError(
                 "the test set serves evaluation alone; defense.selection=oracle opens it and marks "
                 "the result as a best case"
             )
-        return self._oracle(network)
+        found = self._oracle(network)
+        if not {"acc", "asr"} <= found.keys():
+            raise got(
+                "defense.selection",
+                "oracle",
+                "fixed or validation, because no test image here counts for the attack's success",
+            )
+        return found
 
 
 def draw_clean(budget: Budget, labels: Tensor, train_size: int, seed: int) -> Tensor:

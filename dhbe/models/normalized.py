@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from dhbe.errors import ConfigError
 from dhbe.rng import fork
 from dhbe.types import DataSpec
 
@@ -17,8 +18,13 @@ class Normalized(nn.Module):
     Args:
         network: takes normalised images (B, C, H, W), gives logits (B, classes).
         spec: holds mean and std per channel.
+
+    Attributes:
+        unwritten: what no weight says of this network, in words: one of the suspect's architecture
+            that loads its weights computes something else.
     """
 
+    unwritten: str = ""
     mean: Tensor
     std: Tensor
     network: nn.Module
@@ -51,12 +57,37 @@ class Normalized(nn.Module):
         return logits
 
 
-def fresh(network: Normalized, seed: int) -> Normalized:
-    """The same architecture with newly drawn weights, for defenses that train from scratch."""
+def fresh(network: Normalized, seed: int, *, method: str) -> Normalized:
+    """The same architecture with newly drawn weights, for defenses that train from scratch.
+
+    Raises:
+        ConfigError: the network has weights that nothing in it can draw anew, so they would still
+            be the suspect's; names defenses that need no new start.
+    """
     drawn = copy.deepcopy(network).cpu()
+    before = {k: p.detach().clone() for k, p in drawn.named_parameters()}
+    modules = [*drawn.modules()]
     with fork(seed):
-        for module in drawn.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        for module in modules:
+            _call(module, "reset_parameters")
+        for module in reversed(modules):  # as in construction: what a module does to its parts
+            _call(module, "_reset_parameters")
+            _call(module, "init_weights")
+    kept = [k for k, p in drawn.named_parameters() if torch.equal(p, before[k]) and _varies(p)]
+    if kept:
+        raise ConfigError(
+            f"defense={method}: it trains anew, but nothing in the network draws "
+            f"{', '.join(kept[:4])}{' ...' if len(kept) > 4 else ''} anew; use another model, or a "
+            "defense that repairs the trained network (dhbe, finetune, nft)"
+        )
     return drawn.to(network.mean.device, network.mean.dtype)
+
+
+def _call(module: nn.Module, name: str) -> None:
+    method = getattr(module, name, None)
+    if callable(method):
+        method()
+
+
+def _varies(value: Tensor) -> bool:
+    return value.numel() > 0 and bool((value != value.flatten()[0]).any())

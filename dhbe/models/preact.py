@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice; the convolutional shortcut, where needed, starts after the first ReLU."""
+    """BN-ReLU-conv twice; the convolutional shortcut, where needed, starts after the first ReLU.
+
+    A module of another kind in its place sees the block's input, as the identity does.
+    """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -25,7 +28,9 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
-        skipped = x if self.shortcut is None else self.shortcut(activated)
+        skipped = activated if isinstance(self.shortcut, nn.Conv2d) else x
+        if self.shortcut is not None:
+            skipped = self.shortcut(skipped)
         out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)))) + skipped
         return out
 
