@@ -350,10 +350,9 @@ def test_natural_gradient_by_an_explicit_fisher_matrix() -> None:
     torch.testing.assert_close(fisher_diagonal(p, h, y), diagonal)
 
 
-def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
-    clean, _, _, given, _ = toys
-    network, runtime = copy.deepcopy(clean), make_runtime()
-    schedule = Schedule(
+def steep() -> Schedule:
+    """Five epochs at rate 1."""
+    return Schedule(
         epochs=5,
         batch_size=32,
         learning_rate=1.0,
@@ -364,6 +363,12 @@ def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
         milestones=[],
         decay=1,
     )
+
+
+def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
+    clean, _, _, given, _ = toys
+    network, runtime = copy.deepcopy(clean), make_runtime()
+    schedule = steep()
     reached = unlearn(network, given, schedule, runtime, stop_accuracy=0.4, clip=20.0)
     assert reached <= 0.4
     state = torch.load(runtime.workdir / "unlearn" / "last.ckpt", weights_only=True)
@@ -373,17 +378,7 @@ def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
 def test_unlearning_that_was_done_is_not_done_again(toys, make_runtime) -> None:
     """A run killed in a later stage comes back to the same network."""
     clean, _, _, given, _ = toys
-    schedule = Schedule(
-        epochs=5,
-        batch_size=32,
-        learning_rate=1.0,
-        momentum=0.9,
-        nesterov=False,
-        weight_decay=0,
-        schedule="cosine",
-        milestones=[],
-        decay=1,
-    )
+    schedule = steep()
     first, again = copy.deepcopy(clean), copy.deepcopy(clean)
     reached = [
         unlearn(n, given, schedule, make_runtime(), stop_accuracy=0.4, clip=20.0)
