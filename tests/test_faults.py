@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, make_spec, small
 from PIL import Image
 from test_cli import TINY, metrics, run
@@ -23,6 +31,7 @@ from test_cli import TINY, metrics, run
 from dhbe import pipeline, results
 from dhbe.checkpoint import CheckpointFile
 from dhbe.data import OwnImages, Resident
+from dhbe.data.sources import Torchvision
 from dhbe.errors import ArtefactError, DataError
 from dhbe.evaluate import Evaluator
 
@@ -290,3 +299,55 @@ def test_folders_that_are_not_the_classes_are_refused(folder: Path) -> None:
     assert own(folder, classes=2).load().test.labels.tolist() == [0, 0, 1, 1]
     with pytest.raises(DataError, match="expected a folder with one sub-folder per class"):
         own(folder / "absent").load()
+
+
+def test_an_interrupted_download_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that hangs up half-way, for real; the same call then fetches the rest."""
+    parts = {"data_batch_1": {"data": np.zeros((2, 3072), np.uint8), "labels": [3, 4]}}
+    parts["batches.meta"] = {"label_names": list("abcdefghij")}
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:gz") as archive:
+        for name, content in parts.items():
+            blob = pickle.dumps(content)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(blob)
+            archive.addfile(info, io.BytesIO(blob))
+    whole = raw.getvalue()
+    sums = {n: hashlib.md5(pickle.dumps(c)).hexdigest() for n, c in parts.items()}
+    half, full = len(whole) // 2, len(whole)
+    lengths = iter([half, half, full, full])  # it looks for a redirection first
+
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(whole[: next(lengths)])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5(whole).hexdigest())
+    monkeypatch.setattr(cifar, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(cifar, "test_list", [])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": sums["batches.meta"]})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(cifar, "url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
+        source = Torchvision(
+            dataset="CIFAR10",
+            root=str(tmp_path),
+            download=True,
+            train={"train": True},
+            test={"train": False},
+        )
+        with pytest.raises(DataError, match="CIFAR10 is not there"):
+            source.load("train", channels=3, size=32, stream=False)
+        found = source.load("train", channels=3, size=32, stream=False)
+        server.shutdown()
+    assert found.labels.tolist() == [3, 4]
