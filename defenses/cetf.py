@@ -82,10 +82,8 @@ class CETF(Defense):
         with runtime.autocast():
             found = self.detect(network, data, runtime)
         network.requires_grad_(True)
-        classes = sorted({f.target for f in found})
-        runtime.recorder.notes.append(
-            f"cetf found {len(found)} triggers in the incoming images, leading to classes {classes}"
-        )
+        classes = {f.target for f in found}
+        runtime.recorder.suspect([*classes], f"cetf, {len(found)} triggers in the incoming images")
         if not found:
             return network
         runtime.recorder.picture("triggers_found", torch.stack([f.pixels for f in found[:16]]))

@@ -67,7 +67,7 @@ class NeuralCleanse(Defense):
         sizes = torch.stack([mask.sum() for mask, _ in triggers]).cpu()
         flagged = outliers(sizes.numpy(), self.outlier, side="below")
         rounded = [round(float(s), 1) for s in sizes]
-        runtime.recorder.notes.append(f"neural_cleanse: classes {flagged}, mask sizes {rounded}")
+        runtime.recorder.suspect(flagged, f"neural_cleanse, mask sizes {rounded}")
         shown = torch.cat([mask * pattern for mask, pattern in triggers])
         runtime.recorder.picture("triggers_found", shown)
         if not flagged:

@@ -58,7 +58,7 @@ class ULRL(Defense):
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         clean = data.clean()
         suspicious = self.suspicious(network, data, runtime)
-        runtime.recorder.notes.append(f"ulrl: suspicious classes {suspicious}")
+        runtime.recorder.suspect(suspicious, "ulrl")
         head = classifier(network)
         before = head.weight.detach().clone()
         reset(head, suspicious, runtime.rng("ulrl reset"))

@@ -211,6 +211,10 @@ def compute(
     metrics = results.summarize(before, after, truth) | metrics
     if evidence is not None:
         metrics["evidence"] = evidence.as_dict()
+    if (suspected := runtime.recorder.suspected) is not None:
+        goals = truth.goal[truth.eligible] if truth is not None and parts.attack.active else None
+        known = None if goals is None else np.unique(goals).tolist()
+        metrics["suspected"] = {"classes": suspected, "targets": known}
     if evaluator is not None and tree["floor"] and parts.attack.active:
         metrics["floor"] = floor(tree, parts, splits, evaluator, runtime)
     if not processes.first():

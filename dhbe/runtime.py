@@ -53,6 +53,7 @@ class Recorder(Checkpoint):
         self.rows: list[dict[str, float]] = []
         self.pictures: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
+        self.suspected: list[int] | None = None
         self._observe, self._every = observe, every
 
     def due(self, epoch: int, epochs: int) -> bool:
@@ -75,6 +76,15 @@ class Recorder(Checkpoint):
             self.rows.append({"epoch": epoch})
         self.rows[-1].update(figures)
 
+    def suspect(self, classes: Sequence[int], how: str) -> None:
+        """Keep the classes that a detector takes for targets (none, if it finds no backdoor).
+
+        Args:
+            how: method and details, for the note.
+        """
+        self.suspected = sorted(classes)
+        self.notes.append(f"{how}: suspicious classes {self.suspected}")
+
     def picture(self, name: str, images: Tensor) -> None:
         """Keep images (N, C, H, W) in [0, 1] under a name; values outside are clipped."""
         pixels = images.detach().float().clamp(0, 1).mul(255).round()
@@ -91,11 +101,13 @@ class Recorder(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         pictures = {k: torch.from_numpy(v) for k, v in self.pictures.items()}
-        return {"rows": self.rows, "pictures": pictures, "notes": self.notes}
+        kept = {"rows": self.rows, "notes": self.notes, "suspected": self.suspected}
+        return {**kept, "pictures": pictures}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.rows, self.notes = state_dict["rows"], state_dict["notes"]
+        self.suspected = state_dict["suspected"]
         self.pictures = {k: v.numpy() for k, v in state_dict["pictures"].items()}
 
 

@@ -56,7 +56,6 @@ def write_page(folder: Path) -> Path:
         generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
         patches=[_shown(p) for p in pictures if p.name.startswith("patches")],
         triggers=[_shown(p) for p in pictures if p.name.startswith("triggers_found")],
-        target=_target_class(folder / "predictions.npz"),
         curves=_curves(folder / "curves.csv"),
         **_evidence(metrics, pictures),
         config=(folder / "config.yaml").read_text(),
@@ -83,15 +82,6 @@ def _shown(file: Path) -> dict[str, str]:
     epoch = file.stem.rpartition("_")[2].lstrip("0")
     caption = f"epoch {epoch}" if epoch.isdigit() else ""
     return {"url": data_url(file.read_bytes()), "caption": caption}
-
-
-def _target_class(file: Path) -> int | None:
-    """The attacker's one target class; None if there are several, or none is known."""
-    found = np.load(file) if file.exists() else {}
-    if "victim_triggered" not in found:
-        return None
-    goals = np.unique(found["goal"])
-    return int(goals[0]) if len(goals) == 1 else None
 
 
 def _evidence(metrics: dict[str, Any], pictures: list[Path]) -> dict[str, Any]:
