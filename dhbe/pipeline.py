@@ -28,7 +28,7 @@ from dhbe.defense import Defense
 from dhbe.errors import ArtefactError, ConfigError, got
 from dhbe.evaluate import Evaluator
 from dhbe.evidence import Evidence, Probe
-from dhbe.metrics import Predictions
+from dhbe.metrics import Predictions, Truth
 from dhbe.models import Normalized
 from dhbe.report.console import show
 from dhbe.report.page import write_page
@@ -211,10 +211,7 @@ def compute(
     metrics = results.summarize(before, after, truth) | metrics
     if evidence is not None:
         metrics["evidence"] = evidence.as_dict()
-    if (suspected := runtime.recorder.suspected) is not None:
-        goals = truth.goal[truth.eligible] if truth is not None and parts.attack.active else None
-        known = None if goals is None else np.unique(goals).tolist()
-        metrics["suspected"] = {"classes": suspected, "targets": known}
+    metrics |= detected(parts, truth, runtime)
     if evaluator is not None and tree["floor"] and parts.attack.active:
         metrics["floor"] = floor(tree, parts, splits, evaluator, runtime)
     if not processes.first():
@@ -506,6 +503,16 @@ def reuse(result: ResultFolder, tree: dict[str, Any]) -> dict[str, Any]:
     metrics = result.metrics(config.cell(tree))
     show(metrics, result.path, reused=True)
     return metrics
+
+
+def detected(parts: Parts, truth: Truth | None, runtime: Runtime) -> dict[str, Any]:
+    """The classes that a detector suspects, beside the attack's targets (None: not known)."""
+    if runtime.recorder.suspected is None:
+        return {}
+    targets = None
+    if truth is not None and parts.attack.active:
+        targets = np.unique(truth.goal[truth.eligible]).tolist()
+    return {"suspected": {"classes": runtime.recorder.suspected, "targets": targets}}
 
 
 def names(choices: Mapping[str, str]) -> dict[str, str]:
