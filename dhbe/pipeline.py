@@ -292,8 +292,8 @@ def judged(
     """What the victim says of the test set; the last answer serves the next defense of a sweep."""
     if made.sha256 is None:
         return evaluator.predict(made.network)
-    key = (made.sha256, evaluator.test.fingerprint(), runtime.device, runtime.dtype)
-    key += (parts.trainer.threads,)
+    setting = (runtime.device, runtime.dtype, parts.trainer.threads)
+    key = (made.sha256, evaluator.test.fingerprint(), *setting)
     if key not in _judged:
         found = evaluator.predict(made.network)
         _judged.clear()
