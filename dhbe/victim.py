@@ -70,7 +70,7 @@ def train(
     controls = attack.controls_training
     given = images if controls else attack.poison(images, codes, seed=runtime.seed)
     batches = TrainingBatches(
-        given.resident().to(runtime.device) if fits_memory(given) else given,
+        given,
         spec=attack.spec,
         batch_size=schedule.batch_size,
         seed=runtime.derive("victim"),
@@ -95,11 +95,6 @@ def train(
     runtime.fit(module, batches, epochs=schedule.epochs)
     attack.eval()
     return codes
-
-
-def fits_memory(images: ImageSet) -> bool:
-    """Whether the set already lives in memory (streamed sets stay where they are)."""
-    return hasattr(images, "images")
 
 
 class VictimStore:
