@@ -41,6 +41,7 @@ class Victim:
 
     Attributes:
         work: of its trainings; None where it was not counted.
+        sha256: of the stored weights; None if they are not stored.
     """
 
     network: Normalized
@@ -50,6 +51,7 @@ class Victim:
     cached: bool
     curves: list[dict[str, float]]
     work: Work | None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +153,9 @@ class VictimStore:
             watch = Stopwatch(work)
             made = make(work)
             seconds = watch.seconds
+            sha256 = None
             if first():
-                self._write(folder, recipe, network, attack, made, seconds)
+                sha256 = self._write(folder, recipe, network, attack, made, seconds)
                 shutil.rmtree(work, ignore_errors=True)
         return Victim(
             network=network.eval(),
@@ -162,6 +165,7 @@ class VictimStore:
             cached=False,
             curves=made.curves,
             work=made.work,
+            sha256=sha256,
         )
 
     def _write(
@@ -172,8 +176,11 @@ class VictimStore:
         attack: Attack,
         made: Making,
         seconds: float,
-    ) -> None:
-        """Write into a temporary sibling, then rename: a reader never sees half a victim."""
+    ) -> str:
+        """Write into a temporary sibling, then rename: a reader never sees half a victim.
+
+        Returns the SHA-256 of the weights.
+        """
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
         temporary.mkdir()
@@ -182,15 +189,12 @@ class VictimStore:
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
         weights = temporary / "victim.safetensors"
         save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
-        about = {
-            "recipe": recipe,
-            "seconds": seconds,
-            "curves": made.curves,
-            "work": made.work and asdict(made.work),
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        }
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        about = {"recipe": recipe, "seconds": seconds, "curves": made.curves, "sha256": sha256}
+        about["work"] = made.work and asdict(made.work)
         (temporary / "victim.json").write_text(json.dumps(about, indent=1))
         temporary.rename(folder)
+        return sha256
 
     def _read(
         self, folder: Path, recipe: dict[str, Any], network: Normalized, attack: Attack
@@ -222,4 +226,5 @@ class VictimStore:
             cached=True,
             curves=about["curves"],
             work=work,
+            sha256=about["sha256"],
         )
