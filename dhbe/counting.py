@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -176,7 +177,10 @@ def device_name(device: torch.device) -> str:
     """What the machine calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    models = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def peak(device: torch.device) -> float | None:

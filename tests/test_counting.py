@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import flops
 from dhbe.counting import Counting, Work
 from dhbe.data import Resident, TrainingBatches
 from dhbe.game import SeededNoise
@@ -188,3 +189,14 @@ def test_figures_of_the_report() -> None:
     assert speeds(metrics | {"cached_victim": True}, "victim")["share_of_peak"] is None
     assert work(metrics | {"peak_flops": None}, "victim") == "3 PFLOP, 2 TB; 300 TFLOP/s"
     assert work(metrics, "defense") == work({}, "victim") == "–"
+
+
+def test_the_benchmark_scales_to_what_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of 8 by those of 2 and 4; 100 epochs of fine-tuning by a few dozen small steps."""
+    monkeypatch.setattr("dhbe.runtime.LastEpoch.on_train_epoch_end", lambda *_: None)
+    whole, estimate = (f(flops.victim, "resnet_tiny", 8) for f in (flops.step, flops.scaled))
+    assert (estimate.flops, estimate.bytes) == (whole.flops, whole.bytes)
+    tuned = flops.trainings("finetune", "resnet_tiny")
+    assert tuned is not None
+    images = 32 * 8 * (78 // 8)  # 5 % of 50,000 / 32, in whole batches of 256 / 32
+    assert tuned.flops == pytest.approx(100 * images * whole.flops / 8)
