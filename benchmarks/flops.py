@@ -11,6 +11,7 @@ import argparse
 import logging
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,7 +42,7 @@ DEFENSES = (
 )
 """Those that mainly train; the searches of the others are no trainings and are not counted."""
 IMAGES = 50_000
-"""Of CIFAR-10's training part."""
+"""Of CIFAR-10's training part; ours trains on 95 % of it, the rest is the defender's."""
 VICTIM, GAME = 128, 256
 """Published batch sizes."""
 EPOCHS, ITERATIONS = 100, 300 * 50
@@ -154,38 +155,75 @@ def forward(name: str) -> Work:
     return counting.work
 
 
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """``steps`` of a training with ``batch`` images each, ``times`` over."""
+
+    training: Training
+    batch: int
+    unit: str
+    steps: int
+    whole: str
+    times: int
+
+
+PROTOCOLS = (
+    Protocol(
+        training=victim,
+        batch=VICTIM,
+        unit="victim epoch",
+        steps=IMAGES // VICTIM,
+        whole="victim",
+        times=EPOCHS,
+    ),
+    Protocol(
+        training=game,
+        batch=GAME,
+        unit="DHBE iteration",
+        steps=1,
+        whole="published game",
+        times=ITERATIONS,
+    ),
+)
+
+
 def networks(names: list[str], timed: int, batch: int) -> None:
     """Table of passes, epochs, iterations and whole protocols.
 
     Args:
         timed: steps to time, of ``batch`` images on a CPU, of the published number on a GPU.
     """
-    print("| network | what | FLOP | bytes | measured | whole at that speed |\n" + "|---" * 6 + "|")
+    table("network", "what", "FLOP", "bytes", "measured", "whole at that speed")
     for name in names:
         image = forward(name)
-        print(f"| {name} | forward pass of an image | {si(image.flops)} | {si(image.bytes)} | | |")
-        for training, size, one, count, whole, several in (
-            (victim, VICTIM, "victim epoch", IMAGES // VICTIM, "victim", EPOCHS),
-            (game, GAME, "DHBE iteration", 1, "published game", ITERATIONS),
-        ):
-            once = Work().plus(scaled(training, name, size), count)
-            total = Work().plus(once, several)
+        row(name, "forward pass of one image", si(image.flops), si(image.bytes), "", "")
+        for p in PROTOCOLS:
+            one = scaled(p.training, name, p.batch)
+            units = one.flops / p.batch / image.flops
+            once = Work().plus(one, p.steps)
+            whole = Work().plus(once, p.times)
             measured = hours = ""
             if timed:
-                found = step(training, name, size if DEVICE.type == "cuda" else batch, timed)
+                size = p.batch if DEVICE.type == "cuda" else batch
+                found = step(p.training, name, size, timed)
                 speed, top = found.flops / found.seconds, peak(DEVICE)
                 share = "" if top is None else f", {percent(speed / top)} of bf16 peak"
-                size = size if DEVICE.type == "cuda" else batch
-                measured = f"{found.seconds:.3f} s (batch {size}), {si(speed)}FLOP/s{share}"
-                hours = f"{total.flops / speed / 3600:.2f} h"
-            units = once.flops / image.flops / (IMAGES // VICTIM * VICTIM if count > 1 else size)
-            for what, work in (
-                (f"{one} ({units:.2f} forward passes per image)", once),
-                (f"{whole}, {several} times that", total),
-            ):
-                cells = (measured, "") if work is once else ("", hours)
-                row = (name, what, si(work.flops), si(work.bytes), *cells)
-                print(f"| {' | '.join(row)} |", flush=True)
+                measured = f"{found.seconds:.3f} s a step of {size}, {si(speed)}FLOP/s{share}"
+                hours = f"{whole.flops / speed / 3600:.2f} h"
+            what = f"{p.unit} ({units:.2f} forward passes per image)"
+            row(name, what, si(once.flops), si(once.bytes), measured, "")
+            row(name, f"{p.whole}: {p.times} times", si(whole.flops), si(whole.bytes), "", hours)
+
+
+def table(*titles: str) -> None:
+    """Print the head of a table."""
+    row(*titles)
+    row(*("---" for _ in titles))
+
+
+def row(*cells: str) -> None:
+    """Print a row."""
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 class Skipping(Runtime):
@@ -240,11 +278,8 @@ def trainings(defense: str, name: str) -> Work | None:
 
 def defenses(names: list[str], name: str) -> None:
     """Table of the trainings of defenses."""
-    print(
-        f"\n| trainings of, on {name} | budget | FLOP | bytes | published games |\n"
-        + "|---" * 5
-        + "|"
-    )
+    print()
+    table(f"trainings of, on {name}", "budget", "FLOP", "bytes", "published games")
     yardstick = ITERATIONS * scaled(game, name, GAME).flops
     for defense in names:
         budget = config(f"defense={defense}")["budget"]["name"]
@@ -252,7 +287,7 @@ def defenses(names: list[str], name: str) -> None:
         cells = ("–",) * 3
         if work is not None:
             cells = (si(work.flops), si(work.bytes), f"{work.flops / yardstick:.4f}")
-        print(f"| {defense} | {budget} | {' | '.join(cells)} |", flush=True)
+        row(defense, budget, *cells)
 
 
 def main() -> None:
