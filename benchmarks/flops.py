@@ -253,7 +253,7 @@ def shrunk(node):
     small = {k: shrunk(v) for k, v in node.items()}
     if "batch_size" in small:
         small["batch_size"] = max(2, small["batch_size"] // SHRINK)
-    return small | ({"stop_accuracy": 0.0} if "stop_accuracy" in small else {})
+    return small | ({"stop_accuracy": -1.0} if "stop_accuracy" in small else {})
 
 
 def trainings(defense: str, name: str) -> Work | None:
