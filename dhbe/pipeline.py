@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import Logger
 from safetensors.torch import save_file
 from torch import nn
 
-from dhbe import config, processes, results, victim
+from dhbe import config, counting, processes, results, victim
 from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.checkpoint.inference import TARGET as CHECKPOINT
@@ -372,12 +372,13 @@ def obtain_victim(
             seconds=0.0,
             cached=True,
             curves=[],
+            work=None,
         )
     schedule = parts.victim
     if splits is None:
         raise ConfigError("data=unknown has no images to train on; set victim=checkpoint or data=")
 
-    def make(work: Path) -> tuple[torch.Tensor, list[dict[str, float]]]:
+    def make(work: Path) -> victim.Making:
         own = Runtime(
             trainer_config=parts.trainer,
             seed=runtime.seed,
@@ -392,7 +393,7 @@ def obtain_victim(
             clean = obtain_victim(tree, parts, no_attack(parts.spec), splits, runtime)
             surrogate = clean.network.to(own.device, own.dtype).requires_grad_(False)
         codes = victim.train(network, attack.to(own.device), splits.train, schedule, own, surrogate)
-        return codes, own.recorder.rows
+        return victim.Making(codes=codes, curves=own.recorder.rows, work=own.tally.work)
 
     recipe = {k: tree[k] for k in VICTIM_KEYS} | {"precision": parts.trainer.precision}
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
@@ -440,6 +441,7 @@ def describe(
 ) -> dict[str, Any]:
     """The part of ``metrics.json`` that says what was run, where and how long it took."""
     seconds = clock.seconds | {"victim": made.seconds}
+    counted = {"victim": made.work, "defense": runtime.tally.work}
     return {
         "cell": config.cell(tree),
         "selection": parts.defense.selection,
@@ -447,11 +449,16 @@ def describe(
         "poison_rate": parts.attack.poison_rate,
         "poisoned": float((made.codes == POISON).float().mean()) if len(made.codes) else None,
         "seconds": {"defense": 0.0, "evaluate": 0.0} | seconds,
+        "flops": {k: w and w.flops for k, w in counted.items()},
+        "bytes": {k: w and w.bytes for k, w in counted.items()},
+        "trained_seconds": {k: w and w.seconds for k, w in counted.items()},
+        "peak_flops": counting.peak(parts.trainer.device),
         "cached_victim": made.cached,
         "peak_memory_mb": max(clock.peaks.values()),
         "stage_peak_memory_mb": clock.peaks,
         "precision": parts.trainer.precision,
         "device": str(parts.trainer.device),
+        "device_name": counting.device_name(parts.trainer.device),
         "notes": runtime.recorder.notes,
         "versions": results.versions(),
         "commit": results.commit(),

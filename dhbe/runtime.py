@@ -22,6 +22,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
+from dhbe.counting import Tally, WorkCounter
 from dhbe.errors import got
 from dhbe.processes import align, first, synchronised
 from dhbe.rng import derive_seed, generator
@@ -205,6 +206,7 @@ class Runtime:
         workdir: holds the checkpoint of the stage while it runs.
         recorder: takes curves and pictures; it gives nothing back.
         stopwatch: keeps the seconds of the whole stage, whatever trainings it consists of.
+        tally: keeps the work of its trainings; what else a stage computes is not counted.
     """
 
     trainer_config: TrainerConfig
@@ -213,6 +215,7 @@ class Runtime:
     recorder: Recorder = field(default_factory=Recorder)
     logger: Logger | None = None
     stopwatch: Stopwatch | None = None
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def device(self) -> torch.device:
@@ -258,7 +261,8 @@ class Runtime:
         self.workdir.mkdir(parents=True, exist_ok=True)
         checkpoint = self.workdir / "last.ckpt"
         saver = LastEpoch(checkpoint, self.stopwatch)
-        hooks: list[Callback] = [*callbacks, self.recorder, saver]
+        counter = WorkCounter()
+        hooks: list[Callback] = [counter, *callbacks, self.recorder, saver]
         if config.progress and first():
             hooks.append(RichProgressBar(leave=True))
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -293,4 +297,7 @@ class Runtime:
                 # Lightning makes exit status 1 of Ctrl-C, and ignores the next one.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from stopped
+            finally:
+                counter.stop()
+        self.tally.add(counter.work)
         module.to(config.device)

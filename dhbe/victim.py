@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dhbe.attack import Attack
 from dhbe.config import fingerprint
+from dhbe.counting import Work
 from dhbe.data import ImageSet, TrainingBatches
 from dhbe.errors import ArtefactError
 from dhbe.locks import alone
@@ -39,6 +40,7 @@ class Victim:
     """A trained network, the attack that made it, and the codes (N,) of its training images.
 
     Attributes:
+        work: of its trainings; None where it was not counted.
         sha256: of the stored weights; None if they are not stored.
     """
 
@@ -48,7 +50,17 @@ class Victim:
     seconds: float
     cached: bool
     curves: list[dict[str, float]]
+    work: Work | None
     sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What making a victim leaves behind, besides its state: codes (N,), curves and work."""
+
+    codes: Tensor
+    curves: list[dict[str, float]]
+    work: Work | None
 
 
 def train(
@@ -108,14 +120,14 @@ class VictimStore:
         recipe: dict[str, Any],
         network: Normalized,
         attack: Attack,
-        make: Callable[[Path], tuple[Tensor, list[dict[str, float]]]],
+        make: Callable[[Path], Making],
     ) -> Victim:
         """The victim of this recipe: read if it is there, else made and stored, by one process.
 
         Args:
             recipe: everything that makes the victim what it is.
             network, attack: freshly built; filled with the victim's state.
-            make: trains both in place, given a folder for checkpoints; returns codes and curves.
+            make: trains both in place, given a folder for checkpoints.
 
         Raises:
             ArtefactError: the stored victim is truncated, edited, or not this recipe's.
@@ -134,19 +146,20 @@ class VictimStore:
                     shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step
                 return self._read(folder, recipe, network, attack)
             watch = Stopwatch(work)
-            codes, curves = make(work)
+            made = make(work)
             seconds = watch.seconds
             sha256 = None
             if first():
-                sha256 = self._write(folder, recipe, network, attack, codes, curves, seconds)
+                sha256 = self._write(folder, recipe, network, attack, made, seconds)
                 shutil.rmtree(work, ignore_errors=True)
         return Victim(
             network=network.eval(),
             attack=attack,
-            codes=codes,
+            codes=made.codes,
             seconds=seconds,
             cached=False,
-            curves=curves,
+            curves=made.curves,
+            work=made.work,
             sha256=sha256,
         )
 
@@ -156,8 +169,7 @@ class VictimStore:
         recipe: dict[str, Any],
         network: Normalized,
         attack: Attack,
-        codes: Tensor,
-        curves: list[dict[str, float]],
+        made: Making,
         seconds: float,
     ) -> str:
         """Write into a temporary sibling, then rename: a reader never sees half a victim.
@@ -167,13 +179,14 @@ class VictimStore:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
         temporary.mkdir()
-        tensors = {"codes": codes}
+        tensors = {"codes": made.codes}
         for part, module in (("network", network), ("attack", attack)):
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
         weights = temporary / "victim.safetensors"
         save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-        about = {"recipe": recipe, "seconds": seconds, "curves": curves, "sha256": sha256}
+        about = {"recipe": recipe, "seconds": seconds, "curves": made.curves, "sha256": sha256}
+        about["work"] = made.work and asdict(made.work)
         (temporary / "victim.json").write_text(json.dumps(about, indent=1))
         temporary.rename(folder)
         return sha256
@@ -191,6 +204,8 @@ class VictimStore:
             if not whole:
                 raise ArtefactError(f"{weights}: truncated or edited (SHA-256 differs); {remedy}")
             tensors = load_file(weights)
+            counted = about.get("work")  # victims of before have none
+            work = counted and Work(**counted)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtefactError(f"{folder}: damaged victim ({error}); {remedy}") from error
         codes = tensors.pop("codes")
@@ -205,5 +220,6 @@ class VictimStore:
             seconds=float(about["seconds"]),
             cached=True,
             curves=about["curves"],
+            work=work,
             sha256=about["sha256"],
         )

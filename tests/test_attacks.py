@@ -24,7 +24,7 @@ from dhbe.rng import fork, generator
 from dhbe.targets import AllToAll, AllToOne, SourceSpecific, target_rule
 from dhbe.training import Schedule
 from dhbe.types import CLEAN, COVER, POISON
-from dhbe.victim import VictimStore, train
+from dhbe.victim import Making, VictimStore, train
 
 ATTACKS = names("attack")
 QUICK = {
@@ -238,7 +238,8 @@ def test_every_attack_trains_and_is_stored(
     def make(work):
         runtime = make_runtime(work="train")
         surrogate = tiny(spec) if attack.needs_surrogate else None
-        return train(network, attack, images, schedule, runtime, surrogate), []
+        codes = train(network, attack, images, schedule, runtime, surrogate)
+        return Making(codes=codes, curves=[], work=runtime.tally.work)
 
     made = store.obtain({"name": name}, network, attack, make)
     for player in attack.players():

@@ -80,6 +80,9 @@ def test_the_result_folder_is_whole(finished: Path) -> None:
     assert (m["attack"], m["defense"], m["budget"]) == ("badnets", "dhbe_quick", "none")
     assert set(m["seconds"]) == {"victim", "defense", "evaluate"}
     assert m["cached_victim"] is False
+    for stage, seconds in m["trained_seconds"].items():
+        assert 0 < seconds < m["seconds"][stage]
+        assert m["flops"][stage] > m["bytes"][stage] > 0
     stored = np.load(one / "predictions.npz")
     hits = (stored["purified_clean"] == stored["labels"]).sum()
     assert hits / 300 == m["purified"]["acc"]

@@ -107,6 +107,18 @@ def cells(tmp_path: Path) -> Path:
     return tmp_path / "r"
 
 
+def test_work_stands_beside_seconds(tmp_path: Path) -> None:
+    counted = {k: {"victim": None, "defense": v} for k, v in (("flops", 6e12), ("bytes", 3e9))}
+    counted["trained_seconds"] = {"victim": None, "defense": 2.0}
+    write_cell(tmp_path / "counted", seed=0, asr=0.1, **counted, peak_flops=1e13)
+    write_cell(tmp_path / "older", seed=1, asr=0.1)
+    new, old = collect([tmp_path]).set_index("seed").sort_index().to_dict("records")
+    assert (new["flops_defense"], new["bytes_defense"]) == (6e12, 3e9)
+    assert (new["flops_per_second_defense"], new["share_of_peak_defense"]) == (3e12, 0.3)
+    assert pd.isna(new["flops_victim"])
+    assert pd.isna(old["flops_defense"])
+
+
 def test_summary_by_hand(cells: Path) -> None:
     table = collect([cells, cells / "c0"])
     assert len(table) == 4

@@ -14,10 +14,11 @@ from test_attacks import badnets, build
 from test_defenses import suspect
 
 from dhbe import checkpoint
+from dhbe.config import fingerprint
 from dhbe.data import Resident, TrainingBatches
 from dhbe.errors import ArtefactError, DivergenceError
 from dhbe.training import Schedule, Supervised
-from dhbe.victim import VictimStore, train
+from dhbe.victim import FORMAT, Making, VictimStore, train
 
 
 def schedule(epochs: int = 2, **changes) -> Schedule:
@@ -48,7 +49,8 @@ class Store:
             self.trained += 1
             runtime = self.make_runtime(recipe["seed"], work=str(work))
             codes = train(network, attack, self.images, schedule(), runtime)
-            return codes, runtime.recorder.rows
+            rows, work = runtime.recorder.rows, runtime.tally.work
+            return Making(codes=codes, curves=rows, work=work)
 
         return self.store.obtain(recipe, network, attack, make)
 
@@ -67,6 +69,11 @@ def test_trained_once_and_read_back_whole(store: Store) -> None:
     assert torch.equal(first.attack.patch, again.attack.patch)
     assert torch.equal(first.codes, again.codes)
     assert [r["victim/loss"] for r in again.curves] == [r["victim/loss"] for r in first.curves]
+    assert first.work == again.work is not None
+    about = store.store.root / fingerprint({"format": FORMAT, "seed": 0}) / "victim.json"
+    found = json.loads(about.read_text())
+    about.write_text(json.dumps({k: v for k, v in found.items() if k != "work"}))
+    assert store.obtain({"seed": 0}).work is None, "made before work was counted"
     store.obtain({"seed": 1})
     assert store.trained == 2
     assert not list(store.store.root.glob("*.tmp")) + list(store.store.root.glob(".*.partial"))

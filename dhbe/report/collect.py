@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from dhbe.report.folder import ROLES, read_metrics
+from dhbe.report.folder import ROLES, read_metrics, speeds
 
 CASE = ["data", "model", "attack", "attack_variant"]
 METHOD = ["defense", "budget", "selection", "defense_variant"]
@@ -79,6 +79,7 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row["epochs"] = config.get("victim", {}).get("epochs")
     row["clean_images"] = _clean_images(config)
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
+    row |= {f"{k}_{s}": v for s in ("victim", "defense") for k, v in speeds(m, s).items()}
     row["peak_memory_mb"] = m.get("peak_memory_mb")
     for column, names, groups in (("case", CASE, ATTACKED), ("method", METHOD, ERASED)):
         flat = flatten({g: config.get(g) for g in groups})

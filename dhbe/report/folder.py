@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ LABELS = {
     "ra": "robust accuracy (RA)",
 }
 """The measured rates, in the order and the words of all tables."""
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,42 @@ def rows(metrics: dict[str, Any]) -> list[Row]:
         )
         for name, label in LABELS.items()
     ]
+
+
+def speeds(metrics: dict[str, Any], stage: str) -> dict[str, float | None]:
+    """Work of a stage's trainings: FLOP, bytes, FLOP/s and share of the devices' bf16 peak.
+
+    None where it was not counted or nobody knows; the share of a victim trained by another run,
+    perhaps on another device, as well.
+    """
+    flops, traffic, seconds = (
+        metrics.get(name, {}).get(stage) for name in ("flops", "bytes", "trained_seconds")
+    )
+    speed = flops / seconds if flops and seconds else None
+    here = stage != "victim" or not metrics.get("cached_victim", True)
+    peak = metrics.get("peak_flops") if here else None
+    share = speed / peak if speed and peak else None
+    return {"flops": flops, "bytes": traffic, "flops_per_second": speed, "share_of_peak": share}
+
+
+def work(metrics: dict[str, Any], stage: str) -> str:
+    """These figures as text; a dash where nothing was counted."""
+    found = speeds(metrics, stage)
+    if found["flops"] is None or found["bytes"] is None:
+        return "–"
+    parts = [f"{si(found['flops'])}FLOP, {si(found['bytes'])}B"]
+    if (speed := found["flops_per_second"]) is not None:
+        share = found["share_of_peak"]
+        of_peak = "" if share is None else f" ({percent(share)} of bf16 peak)"
+        parts.append(f"{si(speed)}FLOP/s{of_peak}")
+    return "; ".join(parts)
+
+
+def si(value: float) -> str:
+    """Three digits and a decimal prefix: 1.23e12 -> ``1.23 T``."""
+    value = float(f"{value:.3g}")
+    power = int(math.log10(value) / 3) if value > 1 else 0
+    return f"{value / 1000**power:.3g} {PREFIXES[power]}"
 
 
 def reach_rows(reach: dict[str, list[dict[str, Any]]]) -> list[Row]:

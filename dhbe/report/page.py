@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows
+from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows, work
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -52,6 +52,7 @@ def write_page(folder: Path) -> Path:
     page = environment.get_template("run.html").render(
         m=metrics,
         rows=rows(metrics),
+        work={stage: work(metrics, stage) for stage in ("victim", "defense")},
         examples=_examples(folder),
         generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
         patches=[_shown(p) for p in pictures if p.name.startswith("patches")],

@@ -1,0 +1,43 @@
+"""The comparisons of ``benchmarks/`` run from end to end on a handful of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import evaluation_cost, victim_speed
+
+
+def test_victim_epochs_take_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["data.limit=60", "victim.batch_size=16", "model.widths=[16]"]
+    monkeypatch.setattr("sys.argv", ["", "--epochs", "2", "--workers", "0", *tiny])
+    victim_speed.main()
+    out = capsys.readouterr().out
+    assert "epoch 2: " in out
+    assert "(medians of 1 epochs)" in out
+
+
+def test_the_evaluating_way_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After each of 2 + 2 epochs of RNP and at the end; its oracle at each of 20 thresholds."""
+    tests = []
+    predict = evaluation_cost.Evaluator.predict
+
+    def counted(self, network, **limit):
+        tests.append(limit)
+        return predict(self, network, **limit)
+
+    monkeypatch.setattr(evaluation_cost.Evaluator, "predict", counted)
+    options = ["data.limit=200", "model.widths=[16]", f"paths.victims={tmp_path}"]
+    options += ["victim.epochs=1", "defense.stop_accuracy=0", "budget=pct5"]
+    options += [f"defense.{part}_schedule.epochs=2" for part in ("unlearn", "recover")]
+    arguments = ["", "--rounds", "1", "--defenses", "rnp", "--set", *options]
+    monkeypatch.setattr("sys.argv", arguments)
+    evaluation_cost.main()
+    once, always = 1, 2 + 2 + 1 + 20 + 1
+    assert len(tests) == 2 * (once + always)  # a round before the first is not counted
+    assert "ratio" in capsys.readouterr().out
