@@ -45,6 +45,7 @@ def compiled(networks: Iterable[nn.Module], mode: Compile) -> Iterator[None]:
     finally:
         for network in networks:
             network._compiled_call_impl = None
+        torch.compiler.reset()  # lets go of the graphs and their memory
 
 
 def _call(network: nn.Module, fast: Callable[..., Any], *inputs: Any) -> Any:
