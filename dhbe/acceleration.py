@@ -30,10 +30,10 @@ def compiled(networks: Iterable[nn.Module], mode: Compile) -> Iterator[None]:
 
     A network that cannot be compiled runs as it is, after a warning.
     """
-    if mode == "never":
+    networks = list(networks)
+    if mode == "never" or not networks:
         yield
         return
-    networks = list(networks)
     for network in networks:
         fast = torch.compile(network._call_impl, mode=mode, dynamic=False, fullgraph=True)
         network._compiled_call_impl = partial(_call, network, fast)
@@ -79,9 +79,13 @@ def recomputed(networks: Iterable[nn.Module], switch: bool) -> Iterator[None]:
     The backward pass repeats a block's forward pass, on the same weights and statistics of the
     same batch, so the gradients are the same; running statistics are left alone the second time.
     """
-    changed = [b for n in networks for b in blocks(n)] if switch else []
-    if switch and not changed:
-        log.warning("trainer.recompute: found no residual blocks; memory stays as it is")
+    changed: list[nn.Module] = []
+    for network in networks if switch else ():
+        found = blocks(network)
+        changed += found
+        if not found:
+            name = type(network).__name__
+            log.warning("trainer.recompute: %s has no residual blocks; it runs as it is", name)
     for block in changed:
         block.forward = partial(_recomputed, block, block.forward)
     try:
