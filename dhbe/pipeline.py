@@ -28,7 +28,7 @@ from dhbe.defense import Defense
 from dhbe.errors import ArtefactError, ConfigError, got
 from dhbe.evaluate import Evaluator
 from dhbe.evidence import Evidence, Probe
-from dhbe.metrics import Predictions
+from dhbe.metrics import Predictions, Truth
 from dhbe.models import Normalized
 from dhbe.report.console import show
 from dhbe.report.page import write_page
@@ -187,7 +187,7 @@ def compute(
     before = after = None
     if evaluator is not None:
         with clock.stage("evaluate"):
-            before = evaluator.predict(made.network)
+            before = judged(made, evaluator, parts, runtime)
     suspect = Suspect(network=made.network, architecture=choices["model"], spec=parts.spec)
     with clock.stage("defense"):
         runtime.stopwatch = Stopwatch(runtime.workdir)
@@ -210,10 +210,7 @@ def compute(
     metrics = results.summarize(before, after, truth) | metrics
     if evidence is not None:
         metrics["evidence"] = evidence.as_dict()
-    if (suspected := runtime.recorder.suspected) is not None:
-        goals = truth.goal[truth.eligible] if truth is not None and parts.attack.active else None
-        known = None if goals is None else np.unique(goals).tolist()
-        metrics["suspected"] = {"classes": suspected, "targets": known}
+    metrics |= detected(parts, truth, runtime)
     if evaluator is not None and tree["floor"] and parts.attack.active:
         metrics["floor"] = floor(tree, parts, splits, evaluator, runtime)
     if not processes.first():
@@ -283,6 +280,24 @@ def load(data: Data, name: str) -> Splits | None:
         _loaded.clear()
         _loaded[name] = data.load()
     return _loaded[name]
+
+
+_judged: dict[tuple[object, ...], Predictions] = {}
+
+
+def judged(
+    made: victim.Victim, evaluator: Evaluator, parts: Parts, runtime: Runtime
+) -> Predictions:
+    """What the victim says of the test set; the last answer serves the next defense of a sweep."""
+    if made.sha256 is None:
+        return evaluator.predict(made.network)
+    setting = (runtime.device, runtime.dtype, parts.trainer.threads)
+    key = (made.sha256, evaluator.test.fingerprint(), *setting)
+    if key not in _judged:
+        found = evaluator.predict(made.network)
+        _judged.clear()
+        _judged[key] = found
+    return _judged[key]
 
 
 def unknowns(parts: Parts, splits: Splits | None, before: Predictions | None) -> list[str]:
@@ -489,6 +504,16 @@ def reuse(result: ResultFolder, tree: dict[str, Any]) -> dict[str, Any]:
     metrics = result.metrics(config.cell(tree))
     show(metrics, result.path, reused=True)
     return metrics
+
+
+def detected(parts: Parts, truth: Truth | None, runtime: Runtime) -> dict[str, Any]:
+    """The classes that a detector suspects, beside the attack's targets (None: not known)."""
+    if runtime.recorder.suspected is None:
+        return {}
+    targets = None
+    if truth is not None and parts.attack.active:
+        targets = np.unique(truth.goal[truth.eligible]).tolist()
+    return {"suspected": {"classes": runtime.recorder.suspected, "targets": targets}}
 
 
 def names(choices: Mapping[str, str]) -> dict[str, str]:

@@ -36,7 +36,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Victim:
-    """A trained network, the attack that made it, and the codes (N,) of its training images."""
+    """A trained network, the attack that made it, and the codes (N,) of its training images.
+
+    Attributes:
+        sha256: of the stored weights; None if they are not stored.
+    """
 
     network: Normalized
     attack: Attack
@@ -44,6 +48,7 @@ class Victim:
     seconds: float
     cached: bool
     curves: list[dict[str, float]]
+    sha256: str | None = None
 
 
 def train(
@@ -65,7 +70,7 @@ def train(
     controls = attack.controls_training
     given = images if controls else attack.poison(images, codes, seed=runtime.seed)
     batches = TrainingBatches(
-        given.resident().to(runtime.device) if fits_memory(given) else given,
+        given,
         spec=attack.spec,
         batch_size=schedule.batch_size,
         seed=runtime.derive("victim"),
@@ -90,11 +95,6 @@ def train(
     runtime.fit(module, batches, epochs=schedule.epochs, networks=[network])
     attack.eval()
     return codes
-
-
-def fits_memory(images: ImageSet) -> bool:
-    """Whether the set already lives in memory (streamed sets stay where they are)."""
-    return hasattr(images, "images")
 
 
 class VictimStore:
@@ -136,8 +136,9 @@ class VictimStore:
             watch = Stopwatch(work)
             codes, curves = make(work)
             seconds = watch.seconds
+            sha256 = None
             if first():
-                self._write(folder, recipe, network, attack, codes, curves, seconds)
+                sha256 = self._write(folder, recipe, network, attack, codes, curves, seconds)
                 shutil.rmtree(work, ignore_errors=True)
         return Victim(
             network=network.eval(),
@@ -146,6 +147,7 @@ class VictimStore:
             seconds=seconds,
             cached=False,
             curves=curves,
+            sha256=sha256,
         )
 
     def _write(
@@ -157,8 +159,11 @@ class VictimStore:
         codes: Tensor,
         curves: list[dict[str, float]],
         seconds: float,
-    ) -> None:
-        """Write into a temporary sibling, then rename: a reader never sees half a victim."""
+    ) -> str:
+        """Write into a temporary sibling, then rename: a reader never sees half a victim.
+
+        Returns the SHA-256 of the weights.
+        """
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
         temporary.mkdir()
@@ -167,14 +172,11 @@ class VictimStore:
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
         weights = temporary / "victim.safetensors"
         save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
-        about = {
-            "recipe": recipe,
-            "seconds": seconds,
-            "curves": curves,
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        }
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        about = {"recipe": recipe, "seconds": seconds, "curves": curves, "sha256": sha256}
         (temporary / "victim.json").write_text(json.dumps(about, indent=1))
         temporary.rename(folder)
+        return sha256
 
     def _read(
         self, folder: Path, recipe: dict[str, Any], network: Normalized, attack: Attack
@@ -203,4 +205,5 @@ class VictimStore:
             seconds=float(about["seconds"]),
             cached=True,
             curves=about["curves"],
+            sha256=about["sha256"],
         )

@@ -219,3 +219,16 @@ def test_the_embedded_quickstart_defaults() -> None:
     )
     for line in ("name: cifar10_mini", "attacks.badnets.BadNets", "defenses.dhbe.DHBE"):
         assert line in done.stdout
+
+
+def test_a_detector_says_what_it_suspects_and_the_page_what_is_true(finished: Path) -> None:
+    options = ("defense=ulrl", "defense.outlier=0.1", "budget=pct5", "defense.most=2")
+    done = run(finished, *TINY, *options, "hydra.run.dir=detector")
+    assert done.returncode == 0, done.stderr
+    m, page = metrics(finished / "detector"), (finished / "detector" / "report.html").read_text()
+    assert m["suspected"]["targets"] == [0]
+    assert len(m["suspected"]["classes"]) == 2, "a tenth of a deviation is nothing"
+    assert set(m["suspected"]["classes"]) <= set(range(10))
+    assert f"suspicious classes {m['suspected']['classes']}" in page
+    assert "the attacker's target class is 0" in page
+    assert "suspected" not in metrics(finished / "one"), "DHBE detects nothing"

@@ -22,6 +22,7 @@ from dhbe.data.sources import Folder, Parquet, Torchvision
 from dhbe.data.splits import stratified
 from dhbe.errors import DataError
 from dhbe.rng import generator
+from dhbe.types import DataSpec
 
 EMBEDDED = ROOT / "dhbe" / "data" / "embedded"
 
@@ -264,3 +265,12 @@ def test_real_files(compose_config, name: str, counts, first, mean) -> None:
         assert train.labels.unique().numel() == 43
     found = train.images.float().mean((0, 2, 3)).div(255)
     torch.testing.assert_close(found, torch.tensor(mean), atol=5e-4, rtol=0)
+
+
+def test_batches_are_gathered_on_the_device(spec: DataSpec, images: Resident) -> None:
+    """Each step's images come from the device, without a copy from the host."""
+    device = torch.device("meta")
+    moved = images.to(device)
+    assert (moved.images.device, moved.labels.device) == (device, device)
+    batches = TrainingBatches(images, spec=spec, batch_size=8, seed=0, device=torch.device("cpu"))
+    assert batches.images.images.data_ptr() == images.images.data_ptr(), "nothing is copied on CPU"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from test_defenses import build, granted, rich, suspect
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defenses.cetf import Found
 from dhbe.data import DefenderData, Resident
 from dhbe.masks import Scale
 from dhbe.models import Normalized
@@ -173,3 +175,199 @@ def test_bait(compose_config, images: Resident, make_runtime, monkeypatch) -> No
     mse = (drawn - batch.images).square().mean()
     hand = ce + 10 * float(mse) + float(down + right) / drawn.numel()
     assert loss == pytest.approx(hand, rel=1e-4)
+
+
+def trainings(
+    method: Any,
+    network: Normalized,
+    data: DefenderData,
+    runtime: Any,
+    patch: pytest.MonkeyPatch,
+    after: Any = lambda name, network: None,
+) -> dict[str, SimpleNamespace]:
+    """What a defense of several trainings gives each of them, by role; none of them happens.
+
+    Args:
+        after: called with role and network in the place of a training.
+    """
+    found: dict[str, SimpleNamespace] = {}
+
+    def grab(network: nn.Module, batches: Any, schedule: Any, *, role: str, **more: Any) -> str:
+        found[role] = SimpleNamespace(network=network, batches=batches, role=role, **more)
+        return role
+
+    patch.setattr(f"{type(method).__module__}.Supervised", grab)
+    patch.setattr(
+        "dhbe.runtime.Runtime.fit", lambda _, role, *__, **___: after(role, found[role].network)
+    )
+    method.repair(network.eval(), data, runtime)
+    return found
+
+
+def mean_cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float(sum(cross_entropies(network(x), y))) / len(x)
+
+
+def test_ft_sam(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """Label-smoothed cross-entropy at w + rho w^2 g / || |w| g ||, g by one pass per image."""
+    method, network = build("ft_sam", compose_config, rho=0.5), suspect().network
+    t = training(method, network, granted(images, fraction=0.1), make_runtime(), monkeypatch)
+    batch = next(iter(t.batches))
+    x, y = batch.images, batch.labels
+    weights = list(network.parameters())
+
+    def smoothed(network: nn.Module) -> Tensor:
+        log_p = network(x).log_softmax(dim=1)
+        goal = torch.full_like(log_p, 0.1 / 4)
+        goal[torch.arange(len(y)), y] += 0.9
+        return -(goal * log_p).sum(dim=1).mean()
+
+    slopes = torch.autograd.grad(smoothed(network), weights)
+    squares = sum((w.detach() * g).square().sum() for w, g in zip(weights, slopes, strict=True))
+    loss = t.loss(network, batch).item()
+    with torch.no_grad():
+        for w, g in zip(weights, slopes, strict=True):
+            w.add_(0.5 * w.square() * g / squares.sqrt())
+    assert loss == pytest.approx(smoothed(network).item(), rel=1e-4)
+
+
+def test_neural_cleanse(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """The class with the small mask is flagged; a share of the batch wears its trigger."""
+    method = build("neural_cleanse", compose_config, share=0.4)
+    sizes = [11.0, 10.0, 1.0, 12.0]
+    pattern = torch.rand(1, 3, 16, 16)
+    monkeypatch.setattr(
+        method,
+        "reverse",
+        lambda _, __, k, ___: (torch.full((1, 1, 16, 16), sizes[k] / 256), pattern),
+    )
+    runtime, network = make_runtime(), suspect().network
+    t = training(method, network, granted(images, fraction=0.1), runtime, monkeypatch)
+    assert runtime.recorder.suspected == [2]
+    assert runtime.recorder.pictures["triggers_found"].shape == (4, 3, 16, 16)
+    batch, rng = next(iter(t.batches)), t.batches.noise
+    before = rng.get_state()
+    loss = t.loss(network, batch).item()
+    rng.set_state(before)
+    worn = torch.rand(len(batch.images), 1, 1, 1, generator=rng).flatten() < 0.4
+    assert 0 < worn.sum() < len(worn)
+    m = 1 / 256
+    x = [(1 - m) * v + m * pattern[0] if w else v for v, w in zip(batch.images, worn, strict=True)]
+    assert loss == pytest.approx(mean_cross_entropy(network, torch.stack(x), batch.labels))
+
+
+@pytest.mark.parametrize("how", ["unlearning", "bn_cleaning", "bn_unlearning"])
+def test_cetf_repairs(how: str, compose_config, images, make_runtime, monkeypatch) -> None:
+    method, network = build("cetf", compose_config, repair_with=how), suspect().network
+    where = torch.zeros(16, 16, dtype=torch.bool)
+    where[2:5, 3:7] = True
+    trigger = Found(pixels=torch.rand(3, 16, 16) * where, where=where, target=1)
+    monkeypatch.setattr(method, "detect", lambda *_: [trigger])
+    runtime = make_runtime()
+    t = training(method, network, rich(images), runtime, monkeypatch)
+    assert runtime.recorder.suspected == [1]
+    batch = next(iter(t.batches))
+    x, y = batch.images, batch.labels
+    stamped = x.clone()
+    stamped[:, :, 2:5, 3:7] = trigger.pixels[:, 2:5, 3:7]
+    clean, worn = (mean_cross_entropy(network, v, y) for v in (x, stamped))
+    hand = clean if how == "bn_cleaning" else (clean + worn) / 2
+    assert t.loss(network, batch).item() == pytest.approx(hand)
+    tuned = {type(m) for m in network.modules() for p in m.parameters(False) if p.requires_grad}
+    assert (tuned == {nn.BatchNorm2d}) == (how != "unlearning")
+
+
+def test_abl(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """Flooding at gamma; the images with the lowest loss are isolated, and only they unlearned."""
+    method = build("abl", compose_config, share=0.1)
+    found = trainings(method, suspect().network, rich(images), make_runtime(), monkeypatch)
+    assert list(found) == ["isolate", "learn", "unlearn"]
+    network = found["isolate"].network.eval()
+    batch = next(iter(found["isolate"].batches))
+    x, y = batch.images, batch.labels
+    mean = mean_cross_entropy(network, x, y)
+    for gamma in (0.5 * mean, 2 * mean):
+        method.gamma = gamma
+        held = found["isolate"].loss(network, batch).item()
+        assert held == pytest.approx(abs(mean - gamma) + gamma)
+    assert found["learn"].loss(network, batch).item() == pytest.approx(mean)
+    assert found["unlearn"].loss(network, batch).item() == pytest.approx(-mean)
+    given = found["isolate"].batches.images
+    each = torch.stack(cross_entropies(network(given.images / 255), given.labels))
+    parts = [found[role].batches.images for role in ("unlearn", "learn")]
+    isolated = round(0.1 * len(given))
+    assert [len(p) for p in parts] == [isolated, len(given) - isolated]
+    easy = {p.numpy().tobytes() for p in given.images[each.argsort()[:isolated]]}
+    assert {p.numpy().tobytes() for p in parts[0].images} == easy
+    assert not {p.numpy().tobytes() for p in parts[1].images} & easy
+
+
+def test_nad(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """CE + sum of beta times the mean squared difference of both networks' attention maps."""
+
+    def taught(role: str, network: nn.Module) -> None:
+        if role == "teacher":
+            for p in network.parameters():
+                p.data.mul_(1.2)
+
+    method, network = build("nad", compose_config), suspect().network
+    method.betas = [3.0, 5.0]
+    data = granted(images, fraction=0.1)
+    found = trainings(method, network, data, make_runtime(), monkeypatch, taught)
+    batch = next(iter(found["student"].batches))
+    maps = []
+    for net in (network, found["teacher"].network):
+        for stage in net.network.stages:
+            seen: list[Tensor] = []
+            handle = stage.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+            net(batch.images)
+            handle.remove()
+            a = seen[0].detach().square().sum(dim=1)
+            maps.append(torch.stack([m / m.square().sum().sqrt() for m in a]))
+    hand = mean_cross_entropy(network, batch.images, batch.labels)
+    hand += 3 * float((maps[0] - maps[2]).square().mean())
+    hand += 5 * float((maps[1] - maps[3]).square().mean())
+    loss = found["student"].loss(network, batch).item()
+    assert loss == pytest.approx(hand, rel=1e-5)
+    assert loss > mean_cross_entropy(network, batch.images, batch.labels) + 1e-4
+
+
+def test_anp(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """alpha CE(masks) + (1 - alpha) CE with gamma (m + d) and beta (1 + e)."""
+    method, network = build("anp", compose_config, selection="fixed"), suspect().network
+    plain = copy.deepcopy(network)
+
+    def disturb(_: nn.Module, disturbed: list[Scale], *__: Any) -> None:
+        for scale in disturbed:
+            scale.noise = torch.full_like(scale.noise, 0.3)
+
+    monkeypatch.setattr(method, "disturb", disturb)
+    t = training(method, network, granted(images, fraction=0.1), make_runtime(), monkeypatch)
+    for scale in scales(network):
+        scale.mask.data.fill_(0.8 if scale.mask.requires_grad else 1.0)
+    batch = next(iter(t.batches))
+    found = []
+    for factor, shift in ((0.8, 1.0), (0.8 + 0.3, 1 + 0.3)):
+        net = copy.deepcopy(plain)
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.data *= factor
+                m.bias.data *= shift
+        found.append(mean_cross_entropy(net, batch.images, batch.labels))
+    hand = method.alpha * found[0] + (1 - method.alpha) * found[1]
+    assert t.loss(network, batch).item() == pytest.approx(hand, rel=1e-5)
+
+
+def test_adversarial_fine_tuning(compose_config, images, make_runtime, monkeypatch) -> None:
+    """PGD images of the network in eval mode at first, then the clean ones."""
+    method, network = build("aft", compose_config), suspect().network
+    method.adversarial_epochs = 1
+    worse = torch.rand(8, 3, 16, 16)
+    monkeypatch.setattr("defenses.pbe.pgd", lambda net, *_, **__: worse + float(net.training))
+    t = training(method, network, granted(images, fraction=0.1), make_runtime(), monkeypatch)
+    for epoch, hard in ((0, True), (1, False)):
+        t.batches.set_epoch(epoch)
+        batch = next(iter(t.batches))
+        loss = t.loss(network.train(), batch).item()
+        x = worse if hard else batch.images
+        assert loss == pytest.approx(mean_cross_entropy(network, x, batch.labels), rel=1e-4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, make_spec, names
+from conftest import CONF, ROOT, make_spec, names
 from hydra.utils import instantiate
 from torch import nn
 
@@ -20,8 +20,8 @@ from dhbe.defense import Defense
 from dhbe.errors import ArtefactError, BudgetError, ConfigError
 from dhbe.models import Normalized
 from dhbe.models.dataflow import conv_bn_pairs
-from dhbe.models.other import vgg19_bn
-from dhbe.models.preact import PreActResNet18, WideResNet
+from dhbe.models.other import PlainVGG, vgg19_bn
+from dhbe.models.preact import PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import SmallResNet, resnet
 from dhbe.runtime import Recorder
 from dhbe.training import Schedule
@@ -155,6 +155,41 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
         assert results[0].unwritten in said
     else:
         torch.testing.assert_close(reloaded(x), first)
+
+
+def narrow_preact() -> PreActResNet18:
+    network = PreActResNet18(classes=4, channels=3, image_size=16)
+    network.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    network.blocks, network.head = _stages([16, 16, 24, 32, 48], blocks=2), nn.Linear(48, 4)
+    return network
+
+
+KINDS = {  # beside the post-activation ResNet of the other tests
+    "preact": narrow_preact,
+    "wrn_16_1": lambda: WideResNet(depth=16, widen=1, classes=4, channels=3, image_size=16),
+    "vgg_bn": lambda: PlainVGG(layers=[16, 16, 0, 24, 0, 32], classes=4, channels=3, image_size=16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "defenses").glob("[a-z]*.py")))
+def test_every_method_takes_every_kind_of_network(
+    name: str, kind: str, compose_config, images: Resident, make_runtime
+) -> None:
+    defense, spec = build(name, compose_config), make_spec()
+    torch.manual_seed(0)
+    network = Normalized(KINDS[kind](), spec)
+    network(torch.rand(32, *spec.shape))
+    victim = Suspect(network=network.eval(), architecture=kind, spec=spec)
+    if kind == "vgg_bn" and name in ("ssft", "trap_and_replace"):
+        with pytest.raises(ConfigError, match=f"defense={name}: .* 0 residual blocks.*: dhbe"):
+            defense(victim, rich(images), make_runtime())
+        return
+    purified = defense(victim, rich(images), make_runtime())
+    x = torch.rand(3, *spec.shape)
+    changed = not torch.equal(purified(x), network(x))
+    may_stay = name in ("none", "clp", "anp", "rnp", "cetf", "neural_cleanse")
+    assert changed or may_stay, "these may find nothing to prune or no trigger"
 
 
 @pytest.mark.parametrize("name", DEFENSES)

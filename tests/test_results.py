@@ -15,6 +15,7 @@ from test_cli import TINY
 from dhbe.config import cell, plain
 from dhbe.data import Resident, TrainingBatches
 from dhbe.errors import DHBEError
+from dhbe.evaluate import Evaluator
 from dhbe.pipeline import completed, run
 from dhbe.results import ResultFolder
 from dhbe.runtime import Runtime, Stopwatch
@@ -121,3 +122,24 @@ def test_the_stopwatch_goes_on_over_all_trainings_of_a_stage(
     assert 100 < after_teacher < 200
     fit(runtime)
     assert after_teacher < Stopwatch(folder).earlier < 200
+
+
+def test_a_victim_is_judged_once_for_the_defenses_that_share_it(
+    compose_config: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[float] = []
+    predict = Evaluator.predict
+
+    def watched(self: Evaluator, network: torch.nn.Module) -> Any:
+        judged.append(float(next(network.parameters()).detach().sum()))
+        return predict(self, network)
+
+    monkeypatch.setattr(Evaluator, "predict", watched)
+    found = []
+    for seed, defense in ((0, "none"), (0, "clp"), (1, "clp"), (0, "clp")):
+        options = ("victim.epochs=1", "trainer.observe_every=0", f"defense={defense}")
+        cfg = compose_config(*TINY, *options, f"seed={seed}")
+        found.append(run(cfg, tmp_path / f"{len(found)}", {"model": "m"}))
+    assert len(judged) == 2 + 1 + 2 + 2, "another victim in between: it is judged anew"
+    assert found[0]["victim"] == found[1]["victim"] == found[3]["victim"]
+    assert found[1]["purified"] == found[3]["purified"]

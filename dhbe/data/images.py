@@ -90,6 +90,11 @@ class ImageSet(ABC):
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images uint8 (B, C, H, W), positions (B,)) in the given order of positions."""
 
+    def to(self, device: torch.device) -> ImageSet:
+        """The images where a training wants them; those that are streamed stay where they are."""
+        del device
+        return self
+
     def fingerprint(self, count: int = 64) -> str:
         """16 hex digits that depend on all labels and on ``count`` images spread over the set."""
         digest = hashlib.blake2b(self.labels.cpu().numpy().tobytes(), digest_size=8)

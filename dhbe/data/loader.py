@@ -92,7 +92,7 @@ class TrainingBatches:
         compose: Compose | None = None,
         steps: int | None = None,
     ) -> None:
-        self.images, self.spec, self.device, self.compose = images, spec, device, compose
+        self.images, self.spec, self.device, self.compose = images.to(device), spec, device, compose
         self.batch_size = batch_size if steps else min(batch_size, len(images))
         self.seed, self.steps = seed, steps
         self.labels = images.labels.to(device)
