@@ -15,7 +15,7 @@ CHOICES = [(g, n) for g in GROUPS for n in names(g)]
 
 
 def test_the_number_of_configs_is_known() -> None:
-    assert len(CHOICES) == 20 + 38 + 56 + 10 + 2 + 4
+    assert len(CHOICES) == 20 + 38 + 58 + 10 + 2 + 4
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda x: x)
