@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 log = logging.getLogger(__name__)
 Compile = Literal["never", "default", "reduce-overhead"]
 """``reduce-overhead`` replays CUDA graphs on a GPU."""
-GRAPHS = 64
-"""Compiled graphs at most: each network has some for its modes, gradients and batch sizes."""
+GRAPHS = 16
+"""Compiled graphs at most; the game has nine. Whoever varies its batches ends up uncompiled."""
 
 
 @contextmanager
@@ -49,9 +49,10 @@ def compiled(networks: Iterable[nn.Module], mode: Compile) -> Iterator[None]:
 
 
 def _call(network: nn.Module, fast: Callable[..., Any], *inputs: Any) -> Any:
+    refusals = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
     try:
         return fast(*inputs)
-    except torch._dynamo.exc.TorchDynamoException as error:  # nothing has been computed yet
+    except refusals as error:  # nothing has been computed yet
         name, said = type(network).__name__, " ".join(str(error).split())[:200]
         log.warning("trainer.compile: %s is not compiled but runs as it is (%s)", name, said)
         network._compiled_call_impl = None
