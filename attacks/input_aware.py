@@ -132,7 +132,7 @@ class InputAware(Attack):
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
         """Stage 2: CE on triggered, crossed and clean images + weight x diversity of patterns."""
-        poison, cover = code == POISON, code == COVER
+        poison, cover = ((code == c).nonzero().flatten() for c in (POISON, COVER))
         own, other = x[poison], x.roll(1, 0)[cover]
         patterns = self.patterns(torch.cat([own, other]))
         p_own, p_other = patterns.split([len(own), len(other)])

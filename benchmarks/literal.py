@@ -52,7 +52,7 @@ class LiteralGame:
     def patched(self, x: Tensor) -> Tensor:
         patch = self.trigger_network(self.noise.latent(self.batch_size, self.latent))
         free = x.shape[-1] - patch.shape[-1]
-        left, top = self.noise.place(free)
+        left, top = map(int, self.noise.place(free))
         canvas = F.pad(patch, (left, free - left, top, free - top))
         pixels = x * self.std + self.mean
         return (pixels + canvas - self.mean) / self.std

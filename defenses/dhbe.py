@@ -75,7 +75,13 @@ class DHBE(Defense):
         del data  # no image at all is looked at
         game = self.game(network, runtime)
         gallery = Gallery(network, runtime)
-        runtime.fit(game, range(self.iterations), epochs=self.epochs, callbacks=[gallery])
+        runtime.fit(
+            game,
+            range(self.iterations),
+            epochs=self.epochs,
+            callbacks=[gallery],
+            networks=game.networks,
+        )
         if game.diverged_at is not None:
             runtime.recorder.notes.append(
                 f"the game diverged in epoch {game.diverged_at}; the student before it is kept"

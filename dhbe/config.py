@@ -32,6 +32,8 @@ SUPPLIED: dict[str, set[str]] = {
 
 CELL_EXCLUDED = ("paths", "logger", "force")
 """Config groups that do not change a result."""
+SWITCHES = {"tf32": False, "compile": "never"}
+"""Trainer options that change the rounding, and what leaves it alone: then they name no cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,9 @@ def cell(tree: dict[str, Any]) -> str:
         roots = [tree["paths"]["data"], str(Path(__file__).parent)]
         kept["data"] = data | {"source": _relative(data.get("source"), roots)}
     if isinstance(kept.get("trainer"), dict):
-        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k != "progress"}
+        idle = {"progress", "recompute"}
+        idle |= {k for k, v in SWITCHES.items() if kept["trainer"].get(k) == v}
+        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in idle}
     return fingerprint(kept)
 
 

@@ -163,8 +163,7 @@ def compute(
 ) -> tuple[dict[str, Any], Normalized]:
     """The run itself, into ``result``: its metrics and the purified network."""
     seed, device = tree["seed"], parts.trainer.device
-    if parts.trainer.threads:
-        torch.set_num_threads(parts.trainer.threads)
+    parts.trainer.apply()
     cell = config.cell(tree)
     work = result.open(cell)
     clock = Clock(device)
@@ -396,6 +395,8 @@ def obtain_victim(
         return victim.Making(codes=codes, curves=own.recorder.rows, work=own.tally.work)
 
     recipe = {k: tree[k] for k in VICTIM_KEYS} | {"precision": parts.trainer.precision}
+    if parts.trainer.tf32:
+        recipe["tf32"] = True
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = splits.train.fingerprint()
     if not attack.active:

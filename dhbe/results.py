@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,10 @@ def commit() -> str | None:
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python, this project and what the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "dhbe": version("dhbe"),
-        **{p: version(p) for p in PACKAGES},
-    }
+    found = {"python": platform.python_version(), "dhbe": "not installed"}
+    with suppress(PackageNotFoundError):  # a checkout that runs as it is
+        found["dhbe"] = version("dhbe")
+    return found | {p: version(p) for p in PACKAGES}
 
 
 def summarize(

@@ -22,11 +22,13 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
+from dhbe.acceleration import Compile, compiled, eager, recomputed
 from dhbe.counting import Tally, WorkCounter
 from dhbe.errors import got
 from dhbe.processes import align, first, synchronised
 from dhbe.rng import derive_seed, generator
 
+log = logging.getLogger(__name__)
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed"]
 
 
@@ -66,7 +68,8 @@ class Recorder(Checkpoint):
         if self._observe is None:
             return
         training = {m: m.training for m in network.modules()}
-        figures = self._observe(network.eval())
+        with eager():
+            figures = self._observe(network.eval())
         for module, mode in training.items():
             module.training = mode
         self.add(epoch, {f"val/{k}": v for k, v in figures.items()})
@@ -167,6 +170,12 @@ class TrainerConfig:
         progress: ``auto`` draws progress bars on a terminal only.
         observe_every: epochs between two measurements for the training curves (0: none).
         processes: that share every batch of a training, on one GPU each where there are any.
+        tf32: on a GPU, round factors of float32 products to 10 bits of mantissa: several times
+            faster, another rounding. Nothing in bf16-mixed needs it, and a CPU does not have it.
+        compile: ``torch.compile`` what is trained: the victim, the players of the game.
+            ``reduce-overhead`` also replays CUDA graphs.
+        recompute: in the same trainings, keep only the inputs of residual blocks and compute the
+            rest again in the backward pass: less memory, a third more time, the same numbers.
     """
 
     def __init__(
@@ -178,9 +187,14 @@ class TrainerConfig:
         progress: Literal["auto", "always", "never"],
         observe_every: Annotated[int, Ge(0)],
         processes: Annotated[int, Ge(1)] = 1,
+        tf32: bool = False,
+        compile: Compile = "never",
+        recompute: bool = False,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise got("trainer.device", device, "cpu or auto", "torch sees no CUDA device here")
+        if recompute and compile != "never":
+            raise got("trainer.recompute", recompute, f"false with trainer.compile={compile}")
         name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
         self.processes = processes
@@ -196,6 +210,18 @@ class TrainerConfig:
             self.precision = precision
         self.threads, self.observe_every = threads, observe_every
         self.progress = sys.stderr.isatty() if progress == "auto" else progress == "always"
+        self.tf32 = tf32 and name == "cuda"
+        if tf32 and not self.tf32:
+            log.warning("trainer.tf32: there is no GPU here; float32 stays what it is")
+        self.compile, self.recompute = compile, recompute
+
+    def apply(self) -> None:
+        """Set what torch keeps for the whole process: threads, and how GPUs multiply float32."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
 
 
 @dataclass(kw_only=True)
@@ -251,11 +277,13 @@ class Runtime:
         *,
         epochs: int,
         callbacks: Sequence[Callback] = (),
+        networks: Sequence[nn.Module] = (),
     ) -> None:
         """Train with Lightning; continue from the workdir's checkpoint if there is one.
 
         Args:
             callbacks: run before the recorder, whose row they may add to.
+            networks: parts worth compiling and recomputing, if so configured.
         """
         config = self.trainer_config
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -284,7 +312,11 @@ class Runtime:
             )
             align(module)
             try:
-                with synchronised(module):
+                with (
+                    synchronised(module),
+                    compiled(networks, config.compile),
+                    recomputed(networks, config.recompute),
+                ):
                     trainer.fit(
                         module,
                         train_dataloaders=batches,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from dhbe.acceleration import begin_step
 from dhbe.data import TrainingBatches
 from dhbe.errors import DivergenceError
 from dhbe.processes import average, average_gradients, rows
@@ -190,6 +191,7 @@ class Supervised(pl.LightningModule):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         rates = self.lr_schedulers()
         part = rows(len(batch.labels))
+        begin_step()
         loss = self.loss(self.network, Batch(*(column[part] for column in batch)))
         for optimizer in optimizers:
             optimizer.zero_grad()

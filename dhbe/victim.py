@@ -104,7 +104,7 @@ def train(
         beside=attack,
         before_epoch=attack.begin_epoch,
     )
-    runtime.fit(module, batches, epochs=schedule.epochs)
+    runtime.fit(module, batches, epochs=schedule.epochs, networks=[network])
     attack.eval()
     return codes
 

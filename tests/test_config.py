@@ -15,7 +15,7 @@ CHOICES = [(g, n) for g in GROUPS for n in names(g)]
 
 
 def test_the_number_of_configs_is_known() -> None:
-    assert len(CHOICES) == 20 + 36 + 56 + 10 + 2 + 4
+    assert len(CHOICES) == 20 + 38 + 58 + 10 + 2 + 4
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda x: x)
@@ -32,7 +32,18 @@ def test_every_config_fits_its_component(group: str, name: str, compose_config) 
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_assembles(name: str, compose_config) -> None:
-    parts = assemble(plain(compose_config(f"experiment={name}")))
+    assemble(plain(compose_config(f"experiment={name}")))
+
+
+@pytest.mark.parametrize("name", names("victim"))
+def test_every_schedule_fits(name: str, compose_config) -> None:
+    extra = ["victim.path=x"] if name == "checkpoint" else []
+    victim = plain(compose_config(f"victim={name}", *extra))["victim"]
+    assert errors_in(victim, "victim") == []
+
+
+def test_the_published_protocol(compose_config) -> None:
+    parts = assemble(plain(compose_config("experiment=dhbe_cifar10")))
     assert parts.victim.epochs == 200
     assert round(parts.attack.poison_rate * 50_000) == 300
     assert parts.defense.epochs * parts.defense.iterations == 15_000
@@ -120,6 +131,9 @@ def test_cells_differ_by_what_matters(compose_config) -> None:
     assert name() != name("seed=1")
     assert name() != name("defense.rates.student=0.5")
     assert name() == name("paths.data=/elsewhere", "trainer.progress=never", "force=true")
+    assert name() == name("trainer.recompute=true"), "the same numbers"
+    assert name() != name("trainer.compile=default"), "another rounding"
+    assert name() == name("~trainer.compile", "~trainer.tf32", "~trainer.recompute"), "older cells"
 
 
 def test_schema_reads_annotations() -> None:

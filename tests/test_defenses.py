@@ -121,7 +121,7 @@ def test_all_defenses_are_listed() -> None:
         "trap_and_replace ulrl nft fip ngf rnp awm pbe ssft cetf ft_sam fine_pruning nad anp i_bau"
     )
     assert files == {"none", "dhbe", "clp", "finetune", "neural_cleanse", "abl", *named.split()}
-    assert len(DEFENSES) == 56
+    assert len(DEFENSES) == 58
     assert files <= set(DEFENSES)
 
 

@@ -279,7 +279,7 @@ SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
 
 def test_the_sweeps_of_the_docs_are_there() -> None:
     wanted = {"quick", "attacks_cpu", "defenses_cpu", "dhbe_ablation", "poison_rate"}
-    assert wanted | {"clean_budget", "paper_cifar10"} <= set(SWEEPS)
+    assert wanted | {"clean_budget", "paper_cifar10", "paper_gtsrb"} <= set(SWEEPS)
     assert names("sweep") == SWEEPS
 
 

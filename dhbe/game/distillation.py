@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
+from dhbe.acceleration import begin_step, eager
 from dhbe.errors import DivergenceError
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
@@ -107,6 +108,12 @@ class Distillation(pl.LightningModule):
         self._last_good: dict[str, Any] = {}
         self.diverged_at: int | None = None
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The players."""
+        players = (self.student, self.teacher, self.generator, self.trigger_network)
+        return [p for p in players if p is not None]
+
     # ------------------------------------------------------------------ the algorithm
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -121,6 +128,7 @@ class Distillation(pl.LightningModule):
 
     def _student_move(self, optimizer: torch.optim.Optimizer) -> None:
         """The student copies the teacher and unlearns what a patch changes; G and P only serve."""
+        begin_step()
         with torch.no_grad():
             x = self._images()
             teacher_logits = self.teacher(x)
@@ -136,6 +144,7 @@ class Distillation(pl.LightningModule):
 
     def _generator_move(self, optimizer: torch.optim.Optimizer) -> None:
         """The generator seeks images on which student and teacher disagree."""
+        begin_step()
         with frozen(self.student):
             x = self._images()
             teacher_logits = self.teacher(x)
@@ -152,6 +161,7 @@ class Distillation(pl.LightningModule):
 
     def _trigger_move(self, optimizer: torch.optim.Optimizer) -> None:
         """The trigger network seeks patches that move the student's logits."""
+        begin_step()
         with frozen(self.student):
             with torch.no_grad():
                 x = self._images()
@@ -270,10 +280,10 @@ class Distillation(pl.LightningModule):
         statistics are left as they were.
         """
         patches = None
-        with preserved(self.generator):
+        with eager(), preserved(self.generator):
             images = self.generator(noise.latent(count, self.generator.latent))
         if self.trigger_network is not None:
-            with preserved(self.trigger_network):
+            with eager(), preserved(self.trigger_network):
                 patches = self.trigger_network(noise.latent(count, self.trigger_network.latent))
         return images, patches
 

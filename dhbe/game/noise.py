@@ -11,6 +11,9 @@ from torch import Tensor
 from dhbe.processes import rows
 from dhbe.rng import derive_seed
 
+Place = tuple[int | Tensor, int | Tensor]
+"""Column and row of a patch's corner: Python integers, or tensors () on the noise's device."""
+
 
 class Noise(ABC):
     """Source of the game's randomness.
@@ -25,7 +28,7 @@ class Noise(ABC):
         """Standard normal (batch_size, length)."""
 
     @abstractmethod
-    def place(self, free: int) -> tuple[int, int]:
+    def place(self, free: int) -> Place:
         """(left, top) of the patch, each uniform in 0..free, one place for the whole batch."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -37,13 +40,14 @@ class SeededNoise(Noise):
     """Noise that depends on (seed, epoch) only, so that a resumed game draws the same.
 
     Args:
-        dtype, device: of the latents. Places are drawn on the CPU: they are Python integers, and
-            reading them from a GPU would make the host wait.
+        dtype: of the latents.
+        device: of latents and places; places stay there, since reading them would make the host
+            wait for a GPU.
     """
 
     def __init__(self, seed: int, *, device: torch.device, dtype: torch.dtype) -> None:
         self.seed, self.dtype, self.device = seed, dtype, device
-        self.latents, self.places = torch.Generator(device), torch.Generator()
+        self.latents, self.places = torch.Generator(device), torch.Generator(device)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,8 +58,8 @@ class SeededNoise(Noise):
         shape = (batch_size, length)
         return torch.randn(shape, generator=self.latents, device=self.device, dtype=self.dtype)
 
-    def place(self, free: int) -> tuple[int, int]:
-        left, top = torch.randint(free + 1, (2,), generator=self.places).tolist()
+    def place(self, free: int) -> Place:
+        left, top = torch.randint(free + 1, (2,), generator=self.places, device=self.device)
         return left, top
 
 
@@ -68,7 +72,7 @@ class SharedNoise(Noise):
     def latent(self, batch_size: int, length: int) -> Tensor:
         return self.whole.latent(batch_size, length)[rows(batch_size)]
 
-    def place(self, free: int) -> tuple[int, int]:
+    def place(self, free: int) -> Place:
         return self.whole.place(free)
 
     def set_epoch(self, epoch: int) -> None:
@@ -87,7 +91,7 @@ class ScriptedNoise(Noise):
             raise ValueError(f"scripted latent {tuple(z.shape)}: expected {(batch_size, length)}")
         return z
 
-    def place(self, free: int) -> tuple[int, int]:
+    def place(self, free: int) -> Place:
         left, top = next(self._places)
         if not (0 <= left <= free and 0 <= top <= free):
             raise ValueError(f"scripted place {(left, top)}: expected both in 0..{free}")

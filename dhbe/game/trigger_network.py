@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dhbe.game.generator import Upsampler
@@ -30,19 +31,22 @@ class TriggerNetwork(Upsampler):
         self.patch_size = patch_size
 
 
-def add_patches(x_norm: Tensor, patches: Tensor, std: Tensor, left: int, top: int) -> Tensor:
+def add_patches(
+    x_norm: Tensor, patches: Tensor, std: Tensor, left: int | Tensor, top: int | Tensor
+) -> Tensor:
     """Normalised images with patches added at one place, not clipped.
 
     Equals ``N(N^-1(x) + Pad(patches))`` of the paper, since normalisation is affine: a pixel offset
-    d becomes d / std.
+    d becomes d / std. All shapes are the same whatever the place, and nothing is read from a GPU.
 
     Args:
         x_norm: (B, C, H, W) in normalised space.
         patches: (B, C, p, p) in pixel units.
         std: per-channel deviation (1, C, 1, 1).
-        left, top: column and row of the patch's corner.
+        left, top: column and row of the patch's corner; as tensors () they stay on their device.
     """
-    size = patches.shape[-1]
+    span = torch.arange(patches.shape[-1], device=x_norm.device)
+    rows, columns = (top + span)[:, None], left + span
     patched = x_norm.clone()
-    patched[:, :, top : top + size, left : left + size] += patches / std
+    patched[:, :, rows, columns] += patches / std
     return patched
