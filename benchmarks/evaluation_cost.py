@@ -42,10 +42,10 @@ class Watched(Runtime):
 
     evaluator: Evaluator
 
-    def fit(self, module, batches, *, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
+    def fit(self, module, batches, *, callbacks: Sequence[Callback] = (), **options) -> None:
         """Train and test in turns."""
         watch = EveryEpoch(self.evaluator)
-        super().fit(module, batches, epochs=epochs, callbacks=[*callbacks, watch])
+        super().fit(module, batches, callbacks=[*callbacks, watch], **options)
 
 
 def measure(defense: str, rounds: int, overrides: list[str]) -> None:

@@ -229,7 +229,7 @@ def row(*cells: str) -> None:
 class Skipping(Runtime):
     """Carries out the steps that are counted and skips those that they stand for."""
 
-    def fit(self, module: pl.LightningModule, batches, *, epochs: int, callbacks=()) -> None:
+    def fit(self, module: pl.LightningModule, batches, **options) -> None:
         """A training of the published length in a few dozen steps."""
         step, end = module.training_step, module.on_train_epoch_end
 
@@ -243,7 +243,7 @@ class Skipping(Runtime):
                 end()
 
         module.training_step, module.on_train_epoch_end = sampled_step, sampled_end
-        super().fit(module, batches, epochs=epochs, callbacks=callbacks)
+        super().fit(module, batches, **options)
 
 
 def shrunk(node):

@@ -297,19 +297,7 @@ class Runtime:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning")
             warnings.filterwarnings("ignore", message="The `srun` command")  # Slurm's login nodes
-            trainer = pl.Trainer(
-                accelerator="gpu" if config.device.type == "cuda" else "cpu",
-                devices=1 if config.device.index is None else [config.device.index],
-                precision=config.precision,
-                max_epochs=epochs,
-                callbacks=hooks,
-                logger=self.logger or False,
-                enable_progress_bar=config.progress and first(),
-                enable_model_summary=False,
-                plugins=LightningEnvironment(),  # one process, also inside a Slurm job
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-            )
+            trainer = self._trainer(hooks, epochs)
             align(module)
             try:
                 with (
@@ -333,3 +321,19 @@ class Runtime:
                 counter.stop()
         self.tally.add(counter.work)
         module.to(config.device)
+
+    def _trainer(self, hooks: list[Callback], epochs: int) -> pl.Trainer:
+        config = self.trainer_config
+        return pl.Trainer(
+            accelerator="gpu" if config.device.type == "cuda" else "cpu",
+            devices=1 if config.device.index is None else [config.device.index],
+            precision=config.precision,
+            max_epochs=epochs,
+            callbacks=hooks,
+            logger=self.logger or False,
+            enable_progress_bar=config.progress and first(),
+            enable_model_summary=False,
+            plugins=LightningEnvironment(),  # one process, also inside a Slurm job
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )

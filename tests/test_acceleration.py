@@ -9,20 +9,21 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_spec
+from conftest import small
+from test_attacks import build
 from test_game import CPU, assert_same, make_game, play, players
+from test_victim import schedule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from attacks.wanet import WaNet
 from dhbe import acceleration
 from dhbe.acceleration import blocks, compiled, recomputed
+from dhbe.counting import Counting
 from dhbe.errors import ConfigError
 from dhbe.game import SeededNoise, add_patches
 from dhbe.models.preact import PreActResNet18
 from dhbe.models.resnet import SmallResNet, resnet
 from dhbe.runtime import TrainerConfig
-from dhbe.training import Schedule
 from dhbe.victim import train
 
 
@@ -43,6 +44,10 @@ def test_recomputing_changes_no_weight_and_no_statistic() -> None:
     plain = game_with(lambda networks: recomputed(networks, False))
     thrifty = game_with(lambda networks: recomputed(networks, True))
     assert_same_games(thrifty, plain, 1e-12)
+    untouched = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64))
+    assert plain.student.state_dict().keys() == untouched.student.state_dict().keys()
+    moved = zip(plain.student.parameters(), untouched.student.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in moved), "the game was played"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,20 @@ def test_batches_of_ever_new_sizes_end_uncompiled(caplog, monkeypatch: pytest.Mo
     assert caplog.text.count("is not compiled but runs as it is") == 1
 
 
+def test_the_work_of_compiled_networks_is_counted_operator_by_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, images = network_of("small"), torch.randn(4, 3, 16, 16)
+    with Counting() as plain:
+        network(images).sum().backward()
+    fused: list[int] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: record(call, fused))
+    with compiled([network], "default"), Counting() as counted:
+        network(images).sum().backward()
+    assert counted.flops == plain.flops > 0
+    assert fused == [], "a fused kernel would not have been counted"
+
+
 def test_passes_beside_the_training_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     network = network_of("small").eval()
     shapes = []
@@ -217,44 +236,21 @@ def test_places_on_a_device_are_those_of_integers() -> None:
         assert torch.equal(gradient, gradients[0][1])
 
 
-def test_a_victim_is_the_same_with_less_memory(images, make_runtime) -> None:
+def test_a_victim_is_the_same_with_less_memory(
+    images, spec, compose_config, make_runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated = []
+    again = acceleration._still
+    monkeypatch.setattr(acceleration, "_still", lambda b: repeated.append(b) or again(b))
     states = []
     for switch in (False, True):
         runtime = make_runtime(work=f"work{switch}", precision="64-true")
         runtime.trainer_config.recompute = switch
-        states.append(victim(images, runtime))
+        network = small().to(torch.float64)
+        train(network, build("wanet", compose_config, spec), images, schedule(), runtime)
+        states.append(network)
+        assert bool(repeated) == switch, "blocks are computed twice under the switch, and only then"
     assert_same(*states, 1e-12)
-
-
-def victim(images, runtime) -> nn.Module:
-    from conftest import small
-
-    attack = WaNet(
-        spec=make_spec(),
-        strength=0.5,
-        grid=4,
-        pattern_seed=0,
-        poison_rate=0.1,
-        cover_rate=0.2,
-        target_class=0,
-        target_rule="all_to_one",
-        source_classes=[],
-        pool="exclude_target",
-    )
-    schedule = Schedule(
-        epochs=2,
-        batch_size=20,
-        learning_rate=0.1,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        schedule="onecycle",
-        milestones=[],
-        decay=0.1,
-    )
-    network = small().to(torch.float64)
-    train(network, attack, images, schedule, runtime)
-    return network
 
 
 def test_switches_that_exclude_each_other_and_those_without_a_gpu(caplog) -> None:

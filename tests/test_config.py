@@ -32,7 +32,8 @@ def test_every_config_fits_its_component(group: str, name: str, compose_config) 
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_assembles(name: str, compose_config) -> None:
-    assemble(plain(compose_config(f"experiment={name}")))
+    parts = assemble(plain(compose_config(f"experiment={name}")))
+    assert (parts.spec.name, parts.attack.active) == ("cifar10", True)
 
 
 @pytest.mark.parametrize("name", names("victim"))
