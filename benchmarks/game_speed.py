@@ -10,11 +10,13 @@ import argparse
 import platform
 import statistics
 import time
+from typing import get_args
 
 import pytorch_lightning as pl
 import torch
 
 from benchmarks.literal import literal_copy
+from dhbe.acceleration import Compile, compiled
 from dhbe.game import (
     Distillation,
     ImageGenerator,
@@ -82,7 +84,9 @@ class Interleaved(pl.Callback):
         self.theirs.append(self._now() - start)
 
 
-def measure(name: str, iterations: int, precision: str, device: torch.device) -> None:
+def measure(
+    name: str, iterations: int, precision: str, compile: Compile, device: torch.device
+) -> None:
     """Print medians and their ratio for one network."""
     batch, build = CASES[name]
     torch.manual_seed(0)
@@ -96,7 +100,8 @@ def measure(name: str, iterations: int, precision: str, device: torch.device) ->
         network, generator, trigger, mean=mean, std=std, noise=noise, batch_size=batch
     )
     timer = Interleaved(literal, device)
-    pl.Trainer(
+    game = ours(network, generator, trigger, std, batch, device)
+    trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         precision=precision,
@@ -106,11 +111,13 @@ def measure(name: str, iterations: int, precision: str, device: torch.device) ->
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(ours(network, generator, trigger, std, batch, device), range(iterations + 1))
+    )
+    with compiled(game.networks, compile):
+        trainer.fit(game, range(iterations + 1))
     a, b = (statistics.median(times[1:]) for times in (timer.ours, timer.theirs))
     print(
-        f"{name:10} batch {batch:4} {precision:10} ours {a:.3f} s  literal {b:.3f} s  "
-        f"ratio {b / a:.2f}  (n={iterations})",
+        f"{name:10} batch {batch:4} {precision:10} compile={compile} "
+        f"ours {a:.3f} s  literal {b:.3f} s  ratio {b / a:.2f}  (n={iterations})",
         flush=True,
     )
 
@@ -120,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=7)
     parser.add_argument("--precision", choices=["auto", "32-true", "bf16-mixed"], default="auto")
+    parser.add_argument("--compile", choices=get_args(Compile), default="never")
     parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +140,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, commit {commit()}"
     )
     for name in options.networks:
-        measure(name, options.iterations, precision, device)
+        measure(name, options.iterations, precision, options.compile, device)
 
 
 if __name__ == "__main__":
