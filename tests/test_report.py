@@ -237,6 +237,19 @@ def test_equal_names_with_unequal_options_are_kept_apart(cells: Path) -> None:
     }
 
 
+def test_runs_from_before_a_switch_existed_are_those_with_it_off(cells: Path) -> None:
+    switches = ({}, {"tf32": False, "compile": "never", "recompute": False}, {"tf32": True})
+    for seed, trainer in enumerate(switches):
+        write_cell(
+            cells / f"n{seed}", seed=seed, asr=0.1, defense="nad", config={"trainer": trainer}
+        )
+    wide = matrix(select(collect([cells]), ["defense=nad"])).set_index("defense")
+    assert wide["badnets"].to_dict() == {
+        "nad (none, fixed)": "80.0 ± 0.0 / 10.0 ± 0.0 (n=2)",
+        "nad (none, fixed) tf32=True": "80.0 / 10.0 (n=1)",
+    }
+
+
 def test_n_counts_values(cells: Path) -> None:
     rates = {"acc": 0.8, "asr": None, "asr_conditional": None, "ra": None}
     write_cell(cells / "blank", seed=5, asr=0, defense="clp", purified=rates)

@@ -34,6 +34,8 @@ ERASED = ("defense", "budget", "trainer")
 """Config groups of a case and of a method."""
 NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
 """Options that change neither, or that the names tell."""
+LATER = {"tf32": False, "compile": "never", "recompute": False}
+"""Options that older runs do not have; with these values they make no difference to them."""
 
 
 def collect(folders: Iterable[Path]) -> pd.DataFrame:
@@ -105,12 +107,12 @@ def _clean_images(config: dict[str, Any]) -> float | None:
 
 
 def flatten(node: Any, path: str = "") -> dict[str, Any]:
-    """Nested options -> options by path, without the neutral ones."""
+    """Nested options -> options by path, without those that make no difference."""
     if not isinstance(node, dict):
         return {path: node}
     found: dict[str, Any] = {}
     for key, value in node.items():
-        if key not in NEUTRAL:
+        if key not in NEUTRAL and LATER.get(key, ...) != value:
             found |= flatten(value, f"{path}.{key}" if path else str(key))
     return found
 

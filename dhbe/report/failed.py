@@ -89,7 +89,8 @@ def _said(overrides: list[str], groups: set[str]) -> dict[str, Any]:
         path, _, text = override.lstrip("+").partition("=")
         parts = path.split(".")
         if len(parts) > 1 and parts[0] in groups and not set(parts) & set(NEUTRAL):
-            found |= flatten(_value(text), path)
+            group, name = path.rsplit(".", 1)
+            found |= flatten({name: _value(text)}, group)
     return found
 
 
