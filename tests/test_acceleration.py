@@ -173,10 +173,10 @@ def test_no_compiler_means_eager_and_one_warning(caplog, monkeypatch: pytest.Mon
 def test_batches_of_ever_new_sizes_end_uncompiled(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceleration, "GRAPHS", 2)
     monkeypatch.setattr(torch, "compile", partial(traced, torch.compile))
-    network = nn.Linear(3, 3)
+    network = network_of("small")
     with compiled([network], "default"):
         for size in range(2, 7):
-            assert network(torch.ones(size, 3)).shape == (size, 3)
+            assert network(torch.ones(size, 3, 16, 16)).shape == (size, 4)
         assert network._compiled_call_impl is None
     assert caplog.text.count("is not compiled but runs as it is") == 1
 
