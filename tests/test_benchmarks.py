@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evaluation_cost, victim_speed
+from benchmarks import evaluation_cost, precision, victim_speed
 
 
 def test_victim_epochs_take_turns(
@@ -41,3 +41,17 @@ def test_the_evaluating_way_evaluates(
     once, always = 1, 2 + 2 + 1 + 20 + 1
     assert len(tests) == 2 * (once + always)  # a round before the first is not counted
     assert "ratio" in capsys.readouterr().out
+
+
+def test_one_victim_is_purified_in_each_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["data=cifar10_mini", "data.limit=200", "model.widths=[16]", "victim.epochs=1"]
+    tiny += ["defense.schedule.epochs=1", "trainer.threads=0", f"paths.victims={tmp_path}"]
+    arguments = ["", "cpu_badnets", "--defense", "finetune_cpu", "--seeds", "0", "--set", *tiny]
+    monkeypatch.setattr("sys.argv", [*arguments, "--precisions", "32-true", "bf16-mixed"])
+    precision.main()
+    assert len(list(tmp_path.glob("*/victim.json"))) == 1, "both start from the same network"
+    first, second = (line.split("%, ") for line in capsys.readouterr().out.splitlines()[1:])
+    assert first[0].startswith("seed 0, 32-true: ACC ")
+    assert second[0].startswith("seed 0, bf16-mixed: ACC ")
