@@ -153,7 +153,7 @@ def main() -> None:
     module = Supervised(network, batches, schedule, role="victim")
     with TemporaryDirectory() as folder:
         own = Runtime(trainer_config=parts.trainer, seed=0, workdir=Path(folder) / "work")
-        own.fit(module, batches, epochs=schedule.epochs, callbacks=[turns])
+        own.fit(module, batches, epochs=schedule.epochs, callbacks=[turns], networks=[network])
     ours, theirs = (statistics.median(v[1:] or v) for v in (turns.ours, turns.theirs))
     found = []
     for net in (network, plain.to(DEVICE)):
