@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import evaluation_cost, precision, victim_speed
+
+
+@pytest.fixture(autouse=True)
+def loud_afterwards() -> Iterator[None]:
+    """The scripts silence warnings for the whole process."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def test_victim_epochs_take_turns(
