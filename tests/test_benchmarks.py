@@ -59,7 +59,16 @@ def test_one_victim_is_purified_in_each_precision(
     tiny += ["defense.schedule.epochs=1", "trainer.threads=0", f"paths.victims={tmp_path}"]
     arguments = ["", "cpu_badnets", "--defense", "finetune_cpu", "--seeds", "0", "--set", *tiny]
     monkeypatch.setattr("sys.argv", [*arguments, "--precisions", "32-true", "bf16-mixed"])
+    used = []
+    fit = precision.Runtime.fit
+
+    def watched(self, *args, **options):
+        used.append(self.trainer_config.precision)
+        return fit(self, *args, **options)
+
+    monkeypatch.setattr(precision.Runtime, "fit", watched)
     precision.main()
+    assert used[-2:] == ["32-true", "bf16-mixed"]
     assert len(list(tmp_path.glob("*/victim.json"))) == 1, "both start from the same network"
     first, second = (line.split("%, ") for line in capsys.readouterr().out.splitlines()[1:])
     assert first[0].startswith("seed 0, 32-true: ACC ")
