@@ -23,6 +23,7 @@ from dhbe.game import (
     Weights,
 )
 from dhbe.models import Normalized
+from dhbe.models.interface import channels_last
 from dhbe.rng import fork
 from dhbe.runtime import Runtime
 from dhbe.types import DataSpec
@@ -121,7 +122,7 @@ class DHBE(Defense):
             student_moves=self.student_moves,
             epochs=self.epochs,
         )
-        return game.to(runtime.device, runtime.dtype).to(memory_format=torch.channels_last)
+        return channels_last(game.to(runtime.device, runtime.dtype))
 
 
 class Gallery(pl.Callback):

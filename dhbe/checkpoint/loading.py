@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dhbe.checkpoint.files import DAMAGE, MAX_TENSORS, Place, open_weights
-from dhbe.checkpoint.layouts import RENAMINGS, Shape, differences
-from dhbe.checkpoint.pickles import Opaque, Refused, shown
+from dhbe.checkpoint.families import Shape
+from dhbe.checkpoint.files import DAMAGE, Place, open_weights
+from dhbe.checkpoint.layouts import RENAMINGS, differences
+from dhbe.checkpoint.nesting import STATISTICS, facts, is_statistic, listed, weights_in, wrapper
+from dhbe.checkpoint.parametrized import folded, folded_shapes, unfolded
+from dhbe.checkpoint.pickles import Refused, shown
 from dhbe.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
+from dhbe.models.own import REMEDY
 
-NESTS = ("model", "state_dict", "net", "network", "model_state_dict", "netC", "weights", "params")
-"""Keys under which checkpoints keep their state dict, first choice first."""
-PREFIXES = ("module", "model", "network", "net", "backbone", "_orig_mod", "1")
-"""What wrappers put before every key; ``1`` is the network behind a normalisation layer."""
-MAX_NESTING = 4
-MAX_NAME = 300
-"""Characters of a weight's name; the longest of known networks have 80."""
-STATISTICS = ("mean", "std")
 UNWRITTEN = "unwritten"
 """Metadata of this project's files: what the network has that no weight says."""
 
 
 class Checkpoint:
     """A file's state dict: names, shapes and places; tensors are read when asked for.
+
+    Args:
+        key: of the weights inside the file, where there are several (``Found.path``).
 
     Attributes:
         places: key as in the network (wrappers' prefixes removed) -> where the tensor lies.
@@ -43,22 +40,23 @@ class Checkpoint:
         ArtefactError: missing, damaged, too large, no state dict inside, or more than data.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         try:
             self.file = open_weights(path)
-            found = state_dict(self.file.content)
+            self.key, found, prefix = weights_in(self.file.content, key)
         except Refused as error:
             if not path.is_file():
                 raise ArtefactError(f"victim.path={path}: no such file") from None
             raise self.refusal(error) from error
         except OSError as error:
             raise ArtefactError(f"victim.path={path}: cannot be read ({error})") from error
-        prefix = wrapper(found)
-        inside = [k for k in found if k.startswith(prefix)]
+        self.prefix = prefix = wrapper(found, prefix)
+        inside = [k for k, p in found.items() if k.startswith(prefix) and not is_statistic(k, p)]
+        chosen = set(inside)
         self.places = {k.removeprefix(prefix): found[k] for k in inside}
         self.original = {k.removeprefix(prefix): k for k in inside}
-        self.others = {k: p for k, p in found.items() if not k.startswith(prefix)}
+        self.others = {k: p for k, p in found.items() if k not in chosen}
         self._last: tuple[str, bytearray] = ("", bytearray())
         said = {k: listed(v) for k, v in self.file.metadata.items()}
         self.facts = dict(facts(self.file.content)) | said
@@ -111,8 +109,8 @@ class Checkpoint:
         """``mean`` and ``std`` per channel that the file's own first layer uses, if it has one."""
         found = {}
         for key, place in self.others.items():
-            name = key.rpartition(".")[2].lstrip("_")
-            if name in STATISTICS and 1 <= place.nbytes // place.dtype.itemsize <= 4:
+            if is_statistic(key, place):
+                name = key.rpartition(".")[2].lstrip("_")
                 found[name] = self.other(key).double().flatten().tolist()
         return {k: found[k] for k in STATISTICS} if len(found) == len(STATISTICS) else None
 
@@ -150,79 +148,24 @@ class Checkpoint:
         return target
 
 
-def state_dict(content: Any) -> dict[str, Place]:
-    """The state dict inside a file's content.
-
-    Raises:
-        Refused: there is none.
-    """
-    for _ in range(MAX_NESTING):
-        if not isinstance(content, dict):
-            break
-        tensors = {k: v for k, v in content.items() if isinstance(v, Place)}
-        nested = next((content[k] for k in NESTS if isinstance(content.get(k), dict)), None)
-        if tensors and (nested is None or len(tensors) == len(content)):
-            if any(not isinstance(k, str) or len(k) > MAX_NAME for k in tensors):
-                raise Refused(f"a weight without a name, or one of more than {MAX_NAME} letters")
-            if len(tensors) > MAX_TENSORS:
-                raise Refused(f"{len(tensors):,} tensors; at most {MAX_TENSORS:,}")
-            if 2 * len(tensors) > len(content):  # odd entries beside weights stay as they are
-                return tensors
-        content = nested
-    raise Refused(f"no state dict of tensors, neither on top nor under {', '.join(NESTS)}")
-
-
-def wrapper(keys: Mapping[str, Any]) -> str:
-    """The prefix that wrappers put before most keys; empty if there is none."""
-    found = ""
-    for _ in range(MAX_NESTING):
-        inside = [k for k in keys if k.startswith(found)]
-        longer = [f"{found}{p}." for p in PREFIXES]
-        counts = {p: sum(k.startswith(p) for k in inside) for p in longer}
-        best = max(longer, key=lambda p: counts[p])
-        if 2 * counts[best] <= len(inside):
-            break
-        found = best
-    return found
-
-
-def listed(text: str) -> Any:
-    """The numbers of a text like ``[0.5, 0.5]``, which is how safetensors can hold them."""
-    if not re.fullmatch(r"\[[\d.,\s]{1,100}\]", text, re.ASCII):
-        return text
-    try:
-        return [float(n) for n in text.strip("[]").split(",")]
-    except ValueError:
-        return text
-
-
-def facts(content: Any) -> Iterator[tuple[str, Any]]:
-    """Plain values beside the weights: on top, in ``args``, in ``hyper_parameters``."""
-    if not isinstance(content, dict):
-        return
-    for key in ("args", "hyper_parameters"):
-        inner = content.get(key)
-        if isinstance(inner, Opaque):
-            inner = inner.state if isinstance(inner.state, dict) else inner.items
-        if isinstance(inner, dict):
-            content = {**inner, **content}
-    for key, value in content.items():
-        several = list(value) if isinstance(value, (list, tuple)) and len(value) <= 4 else [value]
-        kinds = (int, float) if isinstance(value, (list, tuple)) else (int, float, str)
-        if all(isinstance(v, kinds) and len(str(v)) <= MAX_NAME for v in several):
-            yield str(key), value
-
-
 class CheckpointFile:
     """A file of weights that takes the place of a trained victim.
 
     Args:
+        key: of the weights inside the file, where there are several.
         sha256: of the file; filled in when the run begins and checked when the weights are read.
         assumed: what the file does not say and was assumed, in words; filled in likewise.
     """
 
-    def __init__(self, *, path: str, sha256: str = "", assumed: list[str] | None = None) -> None:
-        self.path, self.sha256 = Path(path), sha256
+    def __init__(
+        self,
+        *,
+        path: str,
+        key: str | None = None,
+        sha256: str = "",
+        assumed: list[str] | None = None,
+    ) -> None:
+        self.path, self.key, self.sha256 = Path(path), key, sha256
         self.assumed = assumed or []
 
     def outside(self, folder: Path) -> None:
@@ -253,23 +196,14 @@ class CheckpointFile:
                 f"victim.path={self.path}: its weights alone are not the network that was "
                 f"measured ({shown(said, 200)}); take the weights of another run"
             )
-        keys = matched(checkpoint, network)
-        own = network.network.state_dict()
-        weights = {keys[k]: checkpoint.read(k) for k in checkpoint.places}
-        for key, value in weights.items():
-            if own[key].is_floating_point() and not value.is_floating_point():
-                raise ArtefactError(
-                    f"victim.path={self.path}: {key} is made of {value.dtype}; a quantised file "
-                    "has no weights to purify"
-                )
-        network.network.load_state_dict(own | weights)
+        fill(network.network, checkpoint)
         if checkpoint.others.keys() == set(STATISTICS):  # a file of this project
             for name in STATISTICS:
                 own_value = getattr(network, name)
                 value = checkpoint.other(name)
                 if value.shape != own_value.shape:
                     wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(own_value.shape)}"]
-                    raise ArtefactError(misfit(self.path, wrong, len(own)))
+                    raise ArtefactError(misfit(self.path, wrong))
                 own_value.copy_(value)
         return checkpoint
 
@@ -279,7 +213,7 @@ class CheckpointFile:
         Raises:
             ArtefactError: it is not the one that the run began with.
         """
-        checkpoint = Checkpoint(self.path)
+        checkpoint = Checkpoint(self.path, self.key)
         if self.sha256 and self.sha256 != digest(self.path):
             raise ArtefactError(f"victim.path={self.path}: changed during the run; start again")
         return checkpoint
@@ -294,38 +228,65 @@ class CheckpointFile:
         """
         checkpoint = self.unchanged()
         own = network.network.state_dict()
-        keys = matched(checkpoint, network)
-        return checkpoint.write(folder, {k: own[new].cpu() for k, new in keys.items()})
+        keys = matched(checkpoint, network.network)
+        plain = {k: own[new].cpu() for k, new in keys.items()}
+        return checkpoint.write(folder, unfolded(plain, checkpoint.shapes))
 
 
-def matched(checkpoint: Checkpoint, network: Normalized) -> dict[str, str]:
-    """Key of the file -> key of the network, by the layout that fits.
+@torch.no_grad()
+def fill(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the file's weights into the network, in place.
+
+    Raises:
+        ArtefactError: they do not fit, or are quantised.
+    """
+    keys = matched(checkpoint, network)
+    own = network.state_dict()
+    held = folded({k: checkpoint.read(k) for k in checkpoint.places})
+    weights = {keys[k]: value for k, value in held.items()}
+    for key, value in weights.items():
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise ArtefactError(
+                f"victim.path={checkpoint.path}: {key} is made of {value.dtype}; a quantised file "
+                "has no weights to purify"
+            )
+    network.load_state_dict(own | weights)
+
+
+def matched(checkpoint: Checkpoint, network: nn.Module) -> dict[str, str]:
+    """Key of the file, parametrisations folded -> key of the network, by the layout that fits.
 
     Raises:
         ArtefactError: none does; names the weights that differ least.
     """
-    own = {k: tuple(v.shape) for k, v in network.network.state_dict().items()}
-    shapes = checkpoint.shapes
+    own = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    shapes = folded_shapes(checkpoint.shapes)
     nearest: list[str] | None = None
-    for rename in RENAMINGS.values():
-        keys = rename(shapes)
-        if len(set(keys.values())) != len(keys):
-            continue
-        wrong = differences(own, {new: shapes[old] for old, new in keys.items()})
-        if not wrong:
-            return keys
-        if nearest is None or len(wrong) < len(nearest):
-            nearest = wrong
-    raise ArtefactError(misfit(checkpoint.path, nearest or [], len(own)))
+    for prefix in dict.fromkeys(("", checkpoint.prefix)):
+        for rename in RENAMINGS.values():
+            names = rename(prefix + k for k in shapes)
+            if len(set(names.values())) != len(names):
+                continue
+            keys = {k: names[prefix + k] for k in shapes}
+            wrong = differences(own, {new: shapes[old] for old, new in keys.items()})
+            if not wrong:
+                return keys
+            if nearest is None or len(wrong) < len(nearest):
+                nearest = wrong
+    raise ArtefactError(misfit(checkpoint.path, nearest or []))
 
 
-def misfit(path: Path, wrong: list[str], total: int) -> str:
-    """The message about weights that do not fit."""
-    shown = "; ".join(wrong[:6]) + ("; ..." if len(wrong) > 6 else "")
+def misfit(path: Path, wrong: list[str]) -> str:
+    """The message about weights that do not fit the network that was chosen."""
     return (
-        f"victim.path={path}: {len(wrong)} of {total} weights do not fit the network ({shown}); "
-        "choose the right model= and data="
+        f"victim.path={path}: its weights do not fit the network: {several(wrong)}; choose the "
+        f"right model= and data=. {REMEDY}"
     )
+
+
+def several(wrong: list[str], most: int = 6) -> str:
+    """Differences in one line."""
+    return "; ".join(wrong[:most]) + (f"; and {len(wrong) - most} more" * (len(wrong) > most))
 
 
 def digest(path: Path) -> str:
