@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import pytorch_lightning as pl
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from dhbe.data import DefenderData
+from dhbe.data.natural import natural_inputs
 from dhbe.data.splits import SIZES
 from dhbe.defense import Defense
 from dhbe.errors import got
@@ -99,6 +99,7 @@ class DHBE(Defense):
                 width=self.width,
                 channels=channels,
                 image_size=network.spec.image_size,
+                statistics=natural_inputs(network.spec),
             )
             trigger_network = None
             if self.patch_size:

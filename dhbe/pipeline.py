@@ -21,9 +21,9 @@ from torch import nn
 from dhbe import config, counting, processes, results, victim
 from dhbe.attack import Attack, NoAttack
 from dhbe.checkpoint import CheckpointFile, completed
-from dhbe.checkpoint.recognition import OWN
 from dhbe.checkpoint.inference import TARGET as CHECKPOINT
 from dhbe.checkpoint.loading import UNWRITTEN
+from dhbe.checkpoint.recognition import OWN
 from dhbe.data import Budget, Data, DefenderData, OwnImages, Splits
 from dhbe.defense import Defense
 from dhbe.errors import ArtefactError, ConfigError, got

@@ -76,9 +76,16 @@ def completed(
 
 def described(data: Mapping[str, Any]) -> DataSpec:
     """The images, as far as shapes go."""
-    about = {"flip": False, "crop_padding": 0, "balanced": False}
     zeros = (0.0,) * data["channels"]
-    return DataSpec(name=data["name"], mean=zeros, std=zeros, **about, **sizes(data))
+    return DataSpec(
+        name=data["name"],
+        mean=zeros,
+        std=zeros,
+        flip=False,
+        crop_padding=0,
+        balanced=False,
+        **sizes(data),
+    )
 
 
 def seen(checkpoint: Checkpoint, network: nn.Module, data: dict[str, Any]) -> list[str]:
@@ -93,24 +100,28 @@ def seen(checkpoint: Checkpoint, network: nn.Module, data: dict[str, Any]) -> li
         data["normalization"] = said(checkpoint)
         if data["normalization"] is not None:
             return []
-    given = data.get("normalization")
-    if given is None and "mean" in data:
-        given = {k: list(data[k]) for k in ("mean", "std")}
     verdict = told(network, **sizes(data))
-    if given is None:
+    if data.get("normalization") is None and "mean" not in data:
         return [chosen(verdict, data)]
-    if verdict.preset is None or apart(given, verdict.preset, data["channels"]) < MATERIAL:
-        return []
-    if "mean" in data:  # a data set tells what images look like, not what this network takes
-        data["mean"], data["std"] = map(list, statistics(verdict.preset, data["channels"]))
+    doubt = doubted(verdict, data)
+    if doubt and "mean" in data:  # a data set tells what images look like, not what networks take
+        data["mean"], data["std"] = map(list, statistics(str(verdict.preset), data["channels"]))
         return [f"normalisation {verdict.preset} instead of the data set's: {verdict.evidence}"]
-    return [
+    return [doubt] if doubt else []
+
+
+def doubted(verdict: Verdict, data: Mapping[str, Any]) -> str:
+    """The warning that a network seems to know another normalisation than the config's, if so."""
+    given = data.get("normalization") or {k: list(data[k]) for k in ("mean", "std")}
+    if verdict.preset is None or apart(given, verdict.preset, data["channels"]) < MATERIAL:
+        return ""
+    return (
         f"WARNING: data.normalization={given}, but the network seems to know {verdict.preset}: "
         f"{verdict.evidence}"
-    ]
+    )
 
 
-def chosen(verdict: Verdict, data: dict[str, Any]) -> str:
+def chosen(verdict: Verdict, data: dict[str, Any], otherwise: str | None = None) -> str:
     """Fill in the normalisation that the network tells, or an assumption; the note on it."""
     data["order"] = data["order"] or verdict.order
     if verdict.preset is not None:
@@ -120,7 +131,7 @@ def chosen(verdict: Verdict, data: dict[str, Any]) -> str:
             f"data.normalization={verdict.preset}{order} as the network tells: {verdict.evidence}"
         )
     colour = "imagenet" if data["image_size"] >= 64 else "cifar10"
-    name = colour if data["channels"] == 3 else "none"
+    name = otherwise or (colour if data["channels"] == 3 else "none")
     data["normalization"] = name
     return (
         f"data.normalization={name} is assumed, neither file nor network tells; if it is wrong, "

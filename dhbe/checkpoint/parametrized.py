@@ -87,7 +87,10 @@ def unfolded(plain: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> dict[s
 
 def norms(weight: Tensor, shape: Shape) -> Tensor:
     """Norms of a weight over all dimensions that ``shape`` has as 1."""
+    norm = torch.linalg.vector_norm
     if weight.ndim != len(shape):
-        return torch.linalg.vector_norm(weight).reshape(shape)
+        whole: Tensor = norm(weight)
+        return whole.reshape(shape)
     over = [i for i, (n, m) in enumerate(zip(weight.shape, shape, strict=True)) if n != m]
-    return torch.linalg.vector_norm(weight, dim=over, keepdim=True) if over else weight.abs()
+    lengths: Tensor = norm(weight, dim=over, keepdim=True) if over else weight.abs()
+    return lengths

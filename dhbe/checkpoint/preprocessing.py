@@ -20,7 +20,7 @@ from dhbe.data.natural import natural_images
 from dhbe.data.own import NORMALIZATIONS, statistics
 from dhbe.rng import generator
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 MOST_DIVERGENT = 0.05
 """Divergence up to which natural images are what the network was trained on."""
 MARGIN, FLOOR = 3.0, 0.001
@@ -91,10 +91,10 @@ def told(network: nn.Module, *, channels: int, image_size: int, classes: int) ->
     return Verdict(None, None, f"{reason}, and its outputs on such images would tell little")
 
 
-def by_statistics(network: nn.Module, norm: nn.Module, images: Tensor) -> Verdict:
+def by_statistics(network: nn.Module, norm: BatchNorm, images: Tensor) -> Verdict:
     """The verdict of the first BatchNorm."""
     views = []
-    orders = ("rgb", "bgr") if images.shape[1] == 3 else ("rgb",)
+    orders: tuple[str, ...] = ("rgb", "bgr") if images.shape[1] == 3 else ("rgb",)
     for cropped in (False, True):
         shown = random_crops(images) if cropped else images
         for order in orders:
@@ -113,8 +113,8 @@ def by_statistics(network: nn.Module, norm: nn.Module, images: Tensor) -> Verdic
     unlike = [v for v in rivals if apart(v.preset, best.preset, images.shape[1]) > MATERIAL]
     if views[0].badness > MOST_DIVERGENT or unlike:
         return Verdict(None, None, evidence)
-    order = None if any(v.order != best.order for v in rivals) else best.order
-    return Verdict(best.preset, order, evidence)
+    sure = all(v.order == best.order for v in rivals)
+    return Verdict(best.preset, best.order if sure else None, evidence)
 
 
 def by_information(network: nn.Module, images: Tensor, classes: int) -> Verdict:
@@ -147,10 +147,10 @@ def strangeness(network: nn.Module, verdict: Verdict, *, channels: int, image_si
         return math.inf
     found: list[float] = []
 
-    def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def measure(module: BatchNorm, args: tuple[Tensor, ...]) -> None:
         found.append(divergence(args[0], module))
 
-    norms = [m for m in network.eval().modules() if isinstance(m, BATCH_NORMS)]
+    norms = [m for m in network.eval().modules() if isinstance(m, BatchNorm)]
     hooks = [m.register_forward_pre_hook(measure) for m in norms]
     try:
         network(normalized(images.flip(1) if verdict.order == "bgr" else images, verdict.preset))
@@ -201,15 +201,15 @@ def normalized(x: Tensor, preset: str) -> Tensor:
     return (x - mean) / std
 
 
-def first_norm(network: nn.Module, x: Tensor) -> nn.Module | None:
+def first_norm(network: nn.Module, x: Tensor) -> BatchNorm | None:
     """The BatchNorm that images reach first; None if they reach none."""
-    reached: list[nn.Module] = []
+    reached: list[BatchNorm] = []
 
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def stop(module: BatchNorm, args: tuple[Tensor, ...]) -> None:
         reached.append(module)
         raise _Reached
 
-    found = [m for m in network.modules() if isinstance(m, BATCH_NORMS)]
+    found = [m for m in network.modules() if isinstance(m, BatchNorm)]
     hooks = [m.register_forward_pre_hook(stop) for m in found]
     try:
         network(x)
@@ -221,13 +221,15 @@ def first_norm(network: nn.Module, x: Tensor) -> nn.Module | None:
     return reached[0] if reached else None
 
 
-def trained(norm: nn.Module) -> bool:
+def trained(norm: BatchNorm) -> bool:
     """Whether a BatchNorm has statistics, and not those it starts with."""
     mean, var = norm.running_mean, norm.running_var
-    return mean is not None and not bool((mean == 0).all() and (var == 1).all())
+    if mean is None or var is None:
+        return False
+    return not bool((mean == 0).all() and (var == 1).all())
 
 
-def reaching(network: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+def reaching(network: nn.Module, norm: BatchNorm, x: Tensor) -> Tensor:
     """What reaches ``norm`` when ``x`` passes."""
     inputs: list[Tensor] = []
 
@@ -245,10 +247,12 @@ def reaching(network: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return inputs[0]
 
 
-def divergence(inputs: Tensor, norm: nn.Module) -> float:
+def divergence(inputs: Tensor, norm: BatchNorm) -> float:
     """KL(inputs || running statistics) of normal distributions, mean over channels."""
     over = [0, *range(2, inputs.ndim)]
     mean, var = inputs.mean(over).double(), inputs.var(over).double() + norm.eps
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     known, spread = norm.running_mean.double(), norm.running_var.double() + norm.eps
     ratio = var / spread
     found = 0.5 * (ratio + (mean - known).square() / spread - 1 - ratio.log())

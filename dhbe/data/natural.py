@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dhbe.data.images import decode
+from dhbe.types import DataSpec
 
 EVERY = 5
 """Of the 7,600 embedded training images, one in so many is read."""
@@ -19,6 +20,8 @@ COLOUR = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
 """Mean and deviation per channel of natural images in [0, 1] (CIFAR-10's training images)."""
 GREY = ((0.481,), (0.239,))
 """The same images in grey."""
+CONVERSIONS = ((0.0, 1.0), (0.5, 0.5), (0.0, 1 / 255))
+"""Means and deviations that are no statistics of images but change the range of pixels."""
 DIGITS = ((0.1307,), (0.3081,))
 """MNIST's: what one channel of 28 pixels most often shows."""
 
@@ -38,9 +41,16 @@ def natural_images(channels: int, size: int, count: int) -> Tensor | None:
     return torch.from_numpy(np.stack(pixels)).float() / 255
 
 
-def pixel_statistics(channels: int, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel of the pixels that a network most likely knows."""
-    if channels == 3:
-        return COLOUR
-    mean, std = DIGITS if size == 28 else GREY
-    return mean * channels, std * channels
+def natural_inputs(spec: DataSpec) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation per channel that natural images have behind a network's normalisation.
+
+    None where the normalisation is made of such statistics, so that it makes them 0 and 1.
+    """
+    pairs = set(zip(spec.mean, spec.std, strict=True))
+    if len(pairs) > 1 or not pairs.issubset(CONVERSIONS):
+        return None
+    ((shift, scale),) = pairs
+    one = DIGITS if spec.image_size == 28 else GREY
+    known = COLOUR if spec.channels == 3 else tuple(v * spec.channels for v in one)
+    mean, std = known
+    return [(m - shift) / scale for m in mean], [s / scale for s in std]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,12 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
     x = torch.randn((4, *spec.shape), generator=rng)
     network.eval()
     try:
-        out = channels_last(network)(x.contiguous(memory_format=torch.channels_last))
-    except RuntimeError as error:
-        if "view size is not compatible" not in str(error):
-            raise misused(spec, error) from error
-        network.register_forward_pre_hook(contiguous_input)
-        out = contiguous(network)(x)
+        out = tried(network, x)
     except Exception as error:
-        raise misused(spec, error) from error
+        raise ConfigError(
+            f"the network does not take images of shape {spec.shape} ({type(error).__name__}: "
+            f"{str(error)[:300]}); set data.image_size= and data.channels= to what it takes"
+        ) from error
     if not isinstance(out, Tensor):
         raise ConfigError(
             f"the network returns a {type(out).__name__}; expected a tensor of logits "
@@ -55,12 +53,15 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
     ]
 
 
-def misused(spec: DataSpec, error: Exception) -> ConfigError:
-    """What to do if a network fails on a batch."""
-    return ConfigError(
-        f"the network does not take images of shape {spec.shape} ({type(error).__name__}: "
-        f"{str(error)[:300]}); set data.image_size= and data.channels= to what it takes"
-    )
+def tried(network: nn.Module, x: Tensor) -> Any:
+    """What a network says of images, channels last in memory if it bears that."""
+    try:
+        return channels_last(network)(x.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+    network.register_forward_pre_hook(contiguous_input)
+    return contiguous(network)(x)
 
 
 def probabilities(out: Tensor) -> bool:

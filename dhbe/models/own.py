@@ -153,6 +153,9 @@ def side_of(network: nn.Module, channels: int) -> int | None:
 
 @torch.no_grad()
 def classes_of(network: nn.Module, channels: int, image_size: int) -> int | None:
-    """Outputs per image; None if they are no row of numbers."""
-    out = network.eval()(torch.zeros(1, channels, image_size, image_size))
+    """Outputs per image; None if they are no row of numbers, or the network takes no such image."""
+    try:
+        out = network.eval()(torch.zeros(1, channels, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return None
     return out.shape[1] if isinstance(out, Tensor) and out.ndim == 2 else None
