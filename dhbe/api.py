@@ -14,15 +14,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from torch import nn
 
-from dhbe import config
 from dhbe.checkpoint.inference import suspected
-from dhbe.entry import register_resolvers
-from dhbe.errors import got
-from dhbe.pipeline import Given, assemble, compute
-from dhbe.results import ResultFolder
-
-CONF = Path(__file__).parent.parent / "conf"
-"""Installed beside this package, as in the checkout."""
+from dhbe.config import schema as config
+from dhbe.config.resolvers import register_resolvers
+from dhbe.core.errors import got
+from dhbe.core.paths import CONF
+from dhbe.experiment.pipeline import Given, assemble, compute
+from dhbe.experiment.results import ResultFolder
 
 
 def purify(

@@ -12,8 +12,8 @@ from torch import nn
 from dhbe.checkpoint.layouts import candidates, channels_in, classes_in, image_size_in
 from dhbe.checkpoint.loading import Checkpoint, digest, misfit
 from dhbe.checkpoint.pickles import shown
+from dhbe.core.errors import ArtefactError, ConfigError, got
 from dhbe.data.own import NORMALIZATIONS
-from dhbe.errors import ArtefactError, ConfigError, got
 
 TARGET = "dhbe.checkpoint.CheckpointFile"
 BUDGET = {"_target_": "dhbe.data.Budget"}

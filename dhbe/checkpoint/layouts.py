@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 from dhbe.checkpoint.pickles import shown
-from dhbe.config import build
+from dhbe.config.schema import build
 
 Shape = tuple[int, ...]
 Node = dict[str, Any]

@@ -15,7 +15,7 @@ from torch import Tensor
 from dhbe.checkpoint.files import DAMAGE, MAX_TENSORS, Place, open_weights
 from dhbe.checkpoint.layouts import RENAMINGS, Shape, differences
 from dhbe.checkpoint.pickles import Opaque, Refused, shown
-from dhbe.errors import ArtefactError, ConfigError
+from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
 
 NESTS = ("model", "state_dict", "net", "network", "model_state_dict", "netC", "weights", "params")
