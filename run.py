@@ -9,7 +9,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dhbe.entry import guarded, purify_arguments, register_resolvers
+from dhbe.cli import guarded, purify_arguments
+from dhbe.config.resolvers import register_resolvers
 
 register_resolvers()
 
@@ -19,7 +20,7 @@ register_resolvers()
 )
 def compose(cfg: DictConfig) -> None:
     """Run one composed config."""
-    from dhbe.pipeline import run  # after Hydra has answered --help and refused unknown options
+    from dhbe.experiment.pipeline import run
 
     hydra_config = HydraConfig.get()
     run(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)

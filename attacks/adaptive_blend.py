@@ -9,8 +9,8 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning, quantize
-from dhbe.rng import generator
+from dhbe.contracts.attack import Attack, Fraction, Poisoning, quantize
+from dhbe.core.rng import generator
 
 
 class AdaptiveBlend(Attack):

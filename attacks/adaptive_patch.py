@@ -9,9 +9,9 @@ from annotated_types import Ge, Len
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning, quantize
-from dhbe.errors import got
-from dhbe.rng import generator
+from dhbe.contracts.attack import Attack, Fraction, Poisoning, quantize
+from dhbe.core.errors import got
+from dhbe.core.rng import generator
 
 
 class AdaptivePatch(Attack):

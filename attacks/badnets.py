@@ -9,8 +9,8 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import REFERENCE_SIZE, Attack, Poisoning
-from dhbe.errors import got
+from dhbe.contracts.attack import REFERENCE_SIZE, Attack, Poisoning
+from dhbe.core.errors import got
 
 
 class BadNets(Attack):

@@ -9,12 +9,12 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.contracts.attack import Attack, Fraction, Poisoning
+from dhbe.core.errors import got
+from dhbe.core.rng import generator
 from dhbe.data import ImageSet, to_float
-from dhbe.errors import got
 from dhbe.models import Normalized
-from dhbe.rng import generator
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class Blend(Attack):

@@ -9,8 +9,8 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning, quantize
-from dhbe.types import COVER
+from dhbe.contracts.attack import Attack, Poisoning, quantize
+from dhbe.core.types import COVER
 
 
 class BPP(Attack):

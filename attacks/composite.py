@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
+from dhbe.contracts.attack import Attack, Poisoning
+from dhbe.core.errors import got
+from dhbe.core.rng import generator
+from dhbe.core.types import COVER, POISON
 from dhbe.data import ImageSet, to_float
-from dhbe.errors import got
 from dhbe.models import Normalized
-from dhbe.rng import generator
-from dhbe.runtime import Runtime
-from dhbe.types import COVER, POISON
+from dhbe.training.runtime import Runtime
 
 MARGIN = 10.0
 """Distance that logits of different classes are pushed apart to, in the contrastive term."""

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning
-from dhbe.features import unrecorded
+from dhbe.contracts.attack import Attack, Fraction, Poisoning
+from dhbe.core.rng import fork
+from dhbe.methods.patterns import frozen_call
+from dhbe.models.hooks import unrecorded
 from dhbe.models.translator import Translator
-from dhbe.patterns import frozen_call
-from dhbe.rng import fork
-from dhbe.training import AdamSchedule, Player
+from dhbe.training.schedule import AdamSchedule, Player
 
 WARM = ((1.05, 0.20, 0.05), (0.10, 0.70, 0.05), (0.05, 0.10, 0.55))
 """Rows: red, green, blue of the styled image; columns: of the original."""

@@ -14,8 +14,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import REFERENCE_SIZE, Attack, Poisoning
-from dhbe.errors import got
+from dhbe.contracts.attack import REFERENCE_SIZE, Attack, Poisoning
+from dhbe.core.errors import got
 
 TO_RGB = {"ycrcb": (1.403, -1.058, 1.773), "yuv": (1.14, -0.977, 2.029)}
 """What one unit in both chroma channels adds to red, green and blue (cv2's YCrCb, kornia's YUV)."""

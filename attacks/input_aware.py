@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.contracts.attack import Attack, Fraction, Poisoning
+from dhbe.core.rng import fork
+from dhbe.core.types import COVER, POISON, Batch
 from dhbe.data import ImageSet, TrainingBatches
-from dhbe.losses import diversity
+from dhbe.methods.losses import diversity
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
-from dhbe.rng import fork
-from dhbe.runtime import Runtime
-from dhbe.training import AdamSchedule, Player, Supervised
-from dhbe.types import COVER, POISON, Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.supervised import Supervised
 
 
 class InputAware(Attack):

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning, quantize
+from dhbe.contracts.attack import Attack, Poisoning, quantize
+from dhbe.core.rng import fork, generator
+from dhbe.core.types import Batch
 from dhbe.data import ImageSet, TrainingBatches, to_float
-from dhbe.losses import pyramid
+from dhbe.methods.losses import pyramid
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
-from dhbe.rng import fork, generator
-from dhbe.runtime import Runtime
-from dhbe.training import AdamSchedule, Supervised
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule
+from dhbe.training.supervised import Supervised
 
 SECRET_SIDE = 32
 """Side of the secret's picture before it is enlarged to the image."""

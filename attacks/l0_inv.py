@@ -9,8 +9,8 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
-from dhbe.rng import generator
+from dhbe.contracts.attack import Attack, Poisoning
+from dhbe.core.rng import generator
 
 
 class L0Inv(Attack):

@@ -9,11 +9,11 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
+from dhbe.contracts.attack import Attack, Poisoning
 from dhbe.data import ImageSet
+from dhbe.methods.patterns import optimize, sample, selected_features
 from dhbe.models import Normalized
-from dhbe.patterns import optimize, sample, selected_features
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class L2Inv(Attack):

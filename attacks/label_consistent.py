@@ -9,12 +9,12 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.adversarial import pgd
-from dhbe.attack import Attack, Poisoning
+from dhbe.contracts.attack import Attack, Poisoning
+from dhbe.core.types import POISON
 from dhbe.data import ImageSet, to_float
+from dhbe.methods.adversarial import pgd
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.types import POISON
+from dhbe.training.runtime import Runtime
 
 
 class LabelConsistent(Attack):

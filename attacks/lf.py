@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
+from dhbe.contracts.attack import Attack, Poisoning
 from dhbe.data import ImageSet
+from dhbe.methods.patterns import min_max, optimize, sample, smooth
 from dhbe.models import Normalized
-from dhbe.patterns import min_max, optimize, sample, smooth
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class LF(Attack):

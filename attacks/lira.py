@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.contracts.attack import Attack, Fraction, Poisoning
+from dhbe.core.rng import fork
+from dhbe.methods.patterns import frozen_call
 from dhbe.models.translator import Translator
-from dhbe.patterns import frozen_call
-from dhbe.rng import fork
-from dhbe.training import AdamSchedule, Player
+from dhbe.training.schedule import AdamSchedule, Player
 
 
 class LIRA(Attack):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
-from dhbe.errors import got
+from dhbe.contracts.attack import Attack, Poisoning
+from dhbe.core.errors import got
 
 
 class LSB(Attack):

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Fraction, Poisoning
+from dhbe.contracts.attack import Attack, Fraction, Poisoning
+from dhbe.core.errors import got
 from dhbe.data.images import image_bytes, unpack
-from dhbe.errors import got
 
 Place = Annotated[int, Ge(0)] | None
 

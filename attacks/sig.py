@@ -10,7 +10,7 @@ from annotated_types import Gt
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
+from dhbe.contracts.attack import Attack, Poisoning
 
 
 class SIG(Attack):

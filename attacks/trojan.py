@@ -11,11 +11,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning
+from dhbe.contracts.attack import Attack, Poisoning
 from dhbe.data import ImageSet
+from dhbe.methods.patterns import optimize, selected_features
 from dhbe.models import Normalized
-from dhbe.patterns import optimize, selected_features
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class Trojan(Attack):

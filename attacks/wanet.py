@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from dhbe.attack import Attack, Poisoning, quantize
-from dhbe.patterns import smooth
-from dhbe.rng import generator
-from dhbe.types import COVER
+from dhbe.contracts.attack import Attack, Poisoning, quantize
+from dhbe.core.rng import generator
+from dhbe.core.types import COVER
+from dhbe.methods.patterns import smooth
 
 
 class WaNet(Attack):

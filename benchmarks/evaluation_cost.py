@@ -19,11 +19,11 @@ from pytorch_lightning.callbacks import Callback
 
 from benchmarks.flops import config
 from benchmarks.machine import DEVICE, about, medians
-from dhbe.config import fingerprint
-from dhbe.evaluate import Evaluator
-from dhbe.pipeline import assemble, grant, load, obtain_victim
-from dhbe.runtime import Runtime
-from dhbe.types import Suspect
+from dhbe.config.identity import fingerprint
+from dhbe.core.types import Suspect
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.experiment.pipeline import assemble, grant, load, obtain_victim
+from dhbe.training.runtime import Runtime
 
 
 class EveryEpoch(Callback):

@@ -24,16 +24,18 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from benchmarks.game_speed import ours
 from benchmarks.machine import DEVICE, about, now
 from dhbe.api import CONF
-from dhbe.config import plain
-from dhbe.counting import WINDOW, Counting, Work, peak
+from dhbe.config.resolvers import register_resolvers
+from dhbe.config.schema import plain
+from dhbe.core.types import DataSpec, Suspect
 from dhbe.data import DefenderData, Resident, TrainingBatches
-from dhbe.entry import register_resolvers
 from dhbe.game import ImageGenerator, TriggerNetwork
 from dhbe.models import Normalized
 from dhbe.report.folder import percent, si
-from dhbe.runtime import LastEpoch, Runtime, TrainerConfig
-from dhbe.training import Supervised
-from dhbe.types import DataSpec, Suspect
+from dhbe.training.recorder import LastEpoch
+from dhbe.training.runtime import Runtime
+from dhbe.training.supervised import Supervised
+from dhbe.training.trainer import TrainerConfig
+from dhbe.training.work import WINDOW, Counting, Work, peak
 
 NETWORKS = ("resnet18", "preact_resnet18", "wrn_16_1", "vgg19_bn", "resnet_small")
 DEFENSES = (

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from dhbe.api import composed
 from dhbe.checkpoint import CheckpointFile
-from dhbe.config import build
+from dhbe.config.schema import build
 from dhbe.data import Data
-from dhbe.pipeline import build_network
+from dhbe.experiment.pipeline import build_network
 
 Weights = dict[str, Tensor]
 RUN = Path(__file__).parent.parent / "run.py"

@@ -16,19 +16,19 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks.literal import literal_copy
-from dhbe.acceleration import Compile, compiled
+from dhbe.experiment.results import commit
 from dhbe.game import (
     Distillation,
     ImageGenerator,
-    Rates,
+    LearningRates,
+    LossWeights,
     SeededNoise,
     TriggerNetwork,
-    Weights,
 )
 from dhbe.models.preact import WideResNet
 from dhbe.models.resnet import resnet
-from dhbe.results import commit
-from dhbe.runtime import fast_bf16
+from dhbe.training.compile import Compile, compiled
+from dhbe.training.trainer import fast_bf16
 
 CASES = {
     "wrn_16_1": (64, lambda: WideResNet(depth=16, widen=1, classes=10, channels=3, image_size=32)),
@@ -44,8 +44,8 @@ def ours(network, generator, trigger, std, batch, device, epochs=1):
         generator=generator,
         trigger_network=trigger,
         noise=SeededNoise(0, device=device, dtype=torch.float32),
-        weights=Weights(patch=0.1, tv1=0.0, tv2=1e-4, balance=0.0),
-        rates=Rates(
+        weights=LossWeights(patch=0.1, tv1=0.0, tv2=1e-4, balance=0.0),
+        rates=LearningRates(
             student=0.1,
             generator=1e-3,
             trigger_network=1e-3,

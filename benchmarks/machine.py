@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dhbe.counting import device_name
-from dhbe.results import commit
+from dhbe.experiment.results import commit
+from dhbe.training.work import device_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

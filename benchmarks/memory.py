@@ -12,9 +12,9 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dhbe.acceleration import recomputed
 from dhbe.models.preact import PreActResNet18
 from dhbe.models.resnet import resnet
+from dhbe.training.compile import recomputed
 
 SHAPE = {"classes": 10, "channels": 3, "image_size": 32}
 NETWORKS = {

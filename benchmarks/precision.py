@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.flops import config
 from benchmarks.machine import DEVICE, about, now
-from dhbe.config import fingerprint
-from dhbe.evaluate import Evaluator
-from dhbe.metrics import rates
-from dhbe.pipeline import assemble, grant, load, obtain_victim
-from dhbe.runtime import Runtime
-from dhbe.types import Suspect
+from dhbe.config.identity import fingerprint
+from dhbe.core.types import Suspect
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.evaluation.metrics import rates
+from dhbe.experiment.pipeline import assemble, grant, load, obtain_victim
+from dhbe.training.runtime import Runtime
 
 
 def measure(precisions: list[str], overrides: list[str]) -> None:

@@ -20,7 +20,7 @@ import yaml
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
-from dhbe.entry import register_resolvers
+from dhbe.config.resolvers import register_resolvers
 
 
 def write_cells(root: Path, count: int) -> None:

@@ -15,11 +15,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from dhbe.config import plain
-from dhbe.entry import register_resolvers
+from dhbe.config.resolvers import register_resolvers
+from dhbe.config.schema import plain
+from dhbe.core.types import DataSpec
+from dhbe.experiment.results import commit
 from dhbe.models.resnet import resnet
-from dhbe.results import commit
-from dhbe.types import DataSpec
 
 CONF = Path(__file__).parent.parent / "conf"
 SPEC = DataSpec(

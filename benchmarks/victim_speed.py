@@ -27,13 +27,14 @@ from torchvision import transforms
 
 from benchmarks.flops import config
 from benchmarks.machine import DEVICE, about, now
-from dhbe.config import fingerprint
+from dhbe.config.identity import fingerprint
+from dhbe.core.types import DataSpec
 from dhbe.data import Resident, TrainingBatches
-from dhbe.evaluate import Evaluator
-from dhbe.pipeline import assemble, build_network, load
-from dhbe.runtime import Runtime
-from dhbe.training import Schedule, Supervised
-from dhbe.types import DataSpec
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.experiment.pipeline import assemble, build_network, load
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class Pictures(Dataset):

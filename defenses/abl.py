@@ -9,13 +9,14 @@ from annotated_types import Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, to_float
-from dhbe.defense import Defense
 from dhbe.models import Normalized
 from dhbe.models.normalized import fresh
-from dhbe.runtime import Runtime
-from dhbe.training import Loss, Schedule, Supervised
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Loss, Supervised
 
 
 class ABL(Defense):

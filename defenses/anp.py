@@ -9,15 +9,16 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.features import unrecorded
-from dhbe.masks import Scale, attach, clamp, fold, norms
+from dhbe.methods.masks import Scale, attach, clamp, fold, norms
+from dhbe.methods.selection import Selection, prune_by_masks
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.selection import Selection, prune_by_masks
-from dhbe.training import Schedule, Supervised
-from dhbe.types import Batch
+from dhbe.models.hooks import unrecorded
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class ANP(Defense):

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from dhbe.adversarial import universal
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import ConfigError
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, ImageSet, Resident, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.errors import ConfigError
-from dhbe.masks import attach, clamp, fold
+from dhbe.methods.adversarial import universal
+from dhbe.methods.masks import attach, clamp, fold
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import AdamSchedule, Supervised
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule
+from dhbe.training.supervised import Supervised
 
 
 class AWM(Defense):

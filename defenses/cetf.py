@@ -14,14 +14,15 @@ from scipy.optimize import OptimizeResult, differential_evolution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches, to_float
-from dhbe.defense import Defense
-from dhbe.features import smooth_cam
-from dhbe.masks import norms
+from dhbe.methods.masks import norms
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import AdamSchedule, Supervised
-from dhbe.types import Batch
+from dhbe.models.hooks import smooth_cam
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule
+from dhbe.training.supervised import Supervised
 
 
 class Found(NamedTuple):

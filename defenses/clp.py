@@ -8,12 +8,12 @@ import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import ConfigError
 from dhbe.data import DefenderData
-from dhbe.defense import Defense
-from dhbe.errors import ConfigError
 from dhbe.models import Normalized
 from dhbe.models.dataflow import conv_bn_pairs
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class CLP(Defense):

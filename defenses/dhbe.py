@@ -8,25 +8,25 @@ import pytorch_lightning as pl
 from annotated_types import Ge
 from torch import Tensor
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import got
+from dhbe.core.rng import fork
+from dhbe.core.types import DataSpec
 from dhbe.data import DefenderData
 from dhbe.data.natural import natural_inputs
 from dhbe.data.splits import SIZES
-from dhbe.defense import Defense
-from dhbe.errors import got
 from dhbe.game import (
     Distillation,
     ImageGenerator,
-    Rates,
+    LearningRates,
+    LossWeights,
     SeededNoise,
     SharedNoise,
     TriggerNetwork,
-    Weights,
 )
 from dhbe.models import Normalized
 from dhbe.models.interface import channels_last
-from dhbe.rng import fork
-from dhbe.runtime import Runtime
-from dhbe.types import DataSpec
+from dhbe.training.runtime import Runtime
 
 PICTURES = 16
 """Generated images and patches kept per picture."""
@@ -56,8 +56,8 @@ class DHBE(Defense):
         patch_latent: Annotated[int, Ge(1)],
         patch_width: Annotated[int, Ge(1)],
         patch_size: Annotated[int, Ge(0)],
-        weights: Weights,
-        rates: Rates,
+        weights: LossWeights,
+        rates: LearningRates,
     ) -> None:
         self.epochs, self.iterations = epochs, iterations
         self.batch_size, self.student_moves = batch_size, student_moves

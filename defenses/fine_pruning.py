@@ -9,13 +9,14 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from dhbe.contracts.defense import Defense
 from dhbe.data import Budget, DefenderData, ImageSet, TrainingBatches, to_float
-from dhbe.defense import Defense
+from dhbe.methods.selection import Selection, choose
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier, penultimate
-from dhbe.runtime import Runtime
-from dhbe.selection import Selection, choose
-from dhbe.training import Schedule, Supervised
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class FinePruning(Defense):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from dhbe.contracts.defense import Defense
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import Schedule, Supervised
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class FineTune(Defense):

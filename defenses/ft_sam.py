@@ -9,13 +9,14 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.features import unrecorded
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import Schedule, Supervised
-from dhbe.types import Batch
+from dhbe.models.hooks import unrecorded
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class FTSAM(Defense):

@@ -9,13 +9,14 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhbe.adversarial import universal
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
+from dhbe.methods.adversarial import universal
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import AdamSchedule, Supervised
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule
+from dhbe.training.supervised import Supervised
 
 
 class IBAU(Defense):

@@ -10,14 +10,15 @@ from annotated_types import Ge, Gt, Len
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import ConfigError
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.errors import ConfigError
-from dhbe.features import capture, stages
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import Schedule, Supervised
-from dhbe.types import Batch
+from dhbe.models.hooks import capture, stages
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class NAD(Defense):

@@ -9,13 +9,14 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, ImageSet, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.metrics import outliers
+from dhbe.methods.statistics import outliers
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.training import Schedule, Supervised
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 IDLE = 25
 """Epochs without a mask 1 % smaller after which a class is done, once the cost went up and down."""

@@ -9,11 +9,11 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from dhbe.contracts.defense import Defense
 from dhbe.data import Budget, DefenderData, to_float
-from dhbe.defense import Defense
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier, penultimate
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class NGF(Defense):

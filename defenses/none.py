@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dhbe.contracts.defense import Defense
 from dhbe.data import DefenderData
-from dhbe.defense import Defense
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
+from dhbe.training.runtime import Runtime
 
 
 class NoDefense(Defense):

@@ -9,15 +9,16 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches, even
-from dhbe.defense import Defense
-from dhbe.masks import attach, clamp, norms
+from dhbe.methods.masks import attach, clamp, norms
+from dhbe.methods.selection import Selection, prune_by_masks
+from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
-from dhbe.runtime import Runtime
-from dhbe.selection import Selection, prune_by_masks
-from dhbe.training import Schedule, Supervised
-from dhbe.types import Batch
-from dhbe.unlearning import unlearn
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class RNP(Defense):

@@ -11,15 +11,16 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import ConfigError, got
+from dhbe.core.rng import generator
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.errors import ConfigError, got
-from dhbe.features import blocks, shortcut_name
+from dhbe.methods.selection import Selection, accuracy
 from dhbe.models import Normalized
-from dhbe.rng import generator
-from dhbe.runtime import Runtime
-from dhbe.selection import Selection, accuracy
-from dhbe.training import Schedule, Supervised
+from dhbe.models.hooks import blocks, shortcut_name
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 class SSFT(Defense):

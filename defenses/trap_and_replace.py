@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from dhbe.contracts.defense import Defense
+from dhbe.core.rng import fork
+from dhbe.core.types import Batch
 from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.defense import Defense
-from dhbe.features import blocks, capture, executed_after
 from dhbe.models import Normalized
+from dhbe.models.hooks import blocks, capture, executed_after
 from dhbe.models.normalized import fresh
-from dhbe.rng import fork
-from dhbe.runtime import Runtime
-from dhbe.training import AdamSchedule, Player, Supervised
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.supervised import Supervised
 
 
 class TrapAndReplace(Defense):

@@ -15,20 +15,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from torch import nn
 
-from dhbe import config
 from dhbe.checkpoint.inference import chosen, described, doubted, suspected
 from dhbe.checkpoint.preprocessing import told
 from dhbe.checkpoint.recognition import sizes
-from dhbe.entry import register_resolvers
-from dhbe.errors import ConfigError, got
+from dhbe.config import schema as config
+from dhbe.config.resolvers import register_resolvers
+from dhbe.core.errors import ConfigError, got
+from dhbe.core.paths import CONF
+from dhbe.experiment.pipeline import Given, assemble, compute
+from dhbe.experiment.results import ResultFolder
 from dhbe.models.interface import prepared, unhooked
 from dhbe.models.own import channels_of, classes_of, side_of
-from dhbe.pipeline import Given, assemble, compute
-from dhbe.results import ResultFolder
 
 log = logging.getLogger(__name__)
-CONF = Path(__file__).parent.parent / "conf"
-"""Installed beside this package, as in the checkout."""
 
 
 def purify(

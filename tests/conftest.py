@@ -13,12 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from dhbe.config.resolvers import register_resolvers
+from dhbe.core.types import DataSpec
 from dhbe.data import Resident
-from dhbe.entry import register_resolvers
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
-from dhbe.runtime import Runtime, TrainerConfig
-from dhbe.types import DataSpec
+from dhbe.training.runtime import Runtime
+from dhbe.training.trainer import TrainerConfig
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     torch.set_num_threads(1)

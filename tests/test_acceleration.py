@@ -16,15 +16,15 @@ from test_victim import schedule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dhbe import acceleration
-from dhbe.acceleration import blocks, compiled, recomputed
-from dhbe.counting import Counting
-from dhbe.errors import ConfigError
+from dhbe.core.errors import ConfigError
 from dhbe.game import SeededNoise, add_patches
 from dhbe.models.preact import PreActResNet18
 from dhbe.models.resnet import SmallResNet, resnet
-from dhbe.runtime import TrainerConfig
-from dhbe.victim import train
+from dhbe.training import compile as acceleration
+from dhbe.training.compile import blocks, compiled, recomputed
+from dhbe.training.trainer import TrainerConfig
+from dhbe.training.work import Counting
+from dhbe.victim.train import train
 
 
 def game_with(switch: Callable, *, iterations: int = 2):

@@ -15,19 +15,36 @@ FILES = sorted(
 )
 FORBIDDEN = {
     "dhbe": ("attacks", "defenses", "run", "sweeps"),
-    "attacks": ("defenses", "run", "dhbe.pipeline", "dhbe.evaluate", "dhbe.defense"),
+    "attacks": (
+        "defenses",
+        "run",
+        "dhbe.experiment",
+        "dhbe.evaluation",
+        "dhbe.contracts.defense",
+    ),
     "defenses": (
         "attacks",
         "run",
-        "dhbe.attack",
+        "dhbe.contracts.attack",
         "dhbe.victim",
-        "dhbe.evaluate",
-        "dhbe.pipeline",
-        "dhbe.results",
+        "dhbe.evaluation",
+        "dhbe.experiment",
     ),
-    "dhbe/game": ("dhbe.data", "dhbe.attack", "dhbe.victim", "dhbe.evaluate", "dhbe.pipeline"),
-    "dhbe/report": ("torch", "dhbe.pipeline", "dhbe.evaluate", "dhbe.attack", "dhbe.data"),
-    "dhbe/defense.py": ("dhbe.attack", "dhbe.victim", "dhbe.evaluate"),
+    "dhbe/game": (
+        "dhbe.data",
+        "dhbe.contracts",
+        "dhbe.victim",
+        "dhbe.evaluation",
+        "dhbe.experiment",
+    ),
+    "dhbe/report": (
+        "torch",
+        "dhbe.experiment",
+        "dhbe.evaluation",
+        "dhbe.contracts",
+        "dhbe.data",
+    ),
+    "dhbe/contracts/defense.py": ("dhbe.contracts.attack", "dhbe.victim", "dhbe.evaluation"),
 }
 
 

@@ -12,19 +12,20 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from attacks.badnets import BadNets, draw
-from dhbe.attack import Attack, NoAttack
-from dhbe.config import plain
+from dhbe.config.schema import plain
+from dhbe.contracts.attack import Attack, NoAttack
+from dhbe.contracts.targets import AllToAll, AllToOne, SourceSpecific, target_rule
+from dhbe.core.errors import ConfigError
+from dhbe.core.rng import fork, generator
+from dhbe.core.types import CLEAN, COVER, POISON
 from dhbe.data import Resident
-from dhbe.errors import ConfigError
-from dhbe.evaluate import Evaluator
-from dhbe.metrics import rates
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.evaluation.metrics import rates
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
-from dhbe.rng import fork, generator
-from dhbe.targets import AllToAll, AllToOne, SourceSpecific, target_rule
-from dhbe.training import Schedule
-from dhbe.types import CLEAN, COVER, POISON
-from dhbe.victim import Making, VictimStore, train
+from dhbe.training.schedule import Schedule
+from dhbe.victim.store import Making, VictimStore
+from dhbe.victim.train import train
 
 ATTACKS = names("attack")
 QUICK = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.formats import WRAPPINGS, Weights, backdoorbench, lightning
 from dhbe.checkpoint import Checkpoint, CheckpointFile, completed
-from dhbe.errors import ArtefactError, ConfigError
+from dhbe.core.errors import ArtefactError, ConfigError
 
 
 def without_weights(content: Any) -> Any:
@@ -126,7 +126,7 @@ def test_weights_of_programs_are_recovered_unexecuted(tmp_path: Path, kind: str)
 
 
 def test_files_answer_what_the_config_leaves_open(tmp_path: Path, compose_config) -> None:
-    from dhbe.config import plain
+    from dhbe.config.schema import plain
 
     weights = Theirs(TheirPreAct, stem_norm=False, classes=4).state_dict()
     content = backdoorbench(weights, classes=4, image_size=16)
@@ -141,7 +141,7 @@ def test_files_answer_what_the_config_leaves_open(tmp_path: Path, compose_config
 
 
 def test_the_metadata_of_safetensors_answers_too(tmp_path: Path, compose_config) -> None:
-    from dhbe.config import plain
+    from dhbe.config.schema import plain
 
     said = {"mean": "[0.1, 0.2, 0.3]", "std": "[0.5,0.5,0.5]", "image_size": "16"}
     file = tmp_path / "given.safetensors"
@@ -153,7 +153,7 @@ def test_the_metadata_of_safetensors_answers_too(tmp_path: Path, compose_config)
 
 
 def test_what_is_not_known_is_said(tmp_path: Path, compose_config) -> None:
-    from dhbe.config import plain
+    from dhbe.config.schema import plain
 
     file = tmp_path / "plain.pt"
     torch.save(small(1).network.state_dict(), file)
@@ -204,8 +204,8 @@ def test_weights_that_shared_their_place_are_not_mixed_up(tmp_path: Path) -> Non
 
 def test_texts_of_a_file_are_never_evaluated(tmp_path: Path, compose_config, monkeypatch) -> None:
     """Names of tensors end up in the config's notes; as interpolations they could read secrets."""
-    from dhbe.config import plain
-    from dhbe.pipeline import assemble
+    from dhbe.config.schema import plain
+    from dhbe.experiment.pipeline import assemble
 
     monkeypatch.setenv("SECRET", "key-0123")
     evil = ("${oc.env:SECRET}", "${package_data:this}", "${", "\x1b[2J")

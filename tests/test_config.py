@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from conftest import CONF, ROOT, names
 
-from dhbe.config import SUPPLIED, cell, errors_in, plain, schema, validate
-from dhbe.errors import BudgetError, ConfigError
-from dhbe.pipeline import assemble
-from dhbe.training import Schedule
+from dhbe.config.identity import cell
+from dhbe.config.schema import SUPPLIED, errors_in, plain, schema, validate
+from dhbe.core.errors import BudgetError, ConfigError
+from dhbe.experiment.pipeline import assemble
+from dhbe.training.schedule import Schedule
 
 GROUPS = ("model", "attack", "defense", "budget", "trainer", "logger")
 CHOICES = [(g, n) for g in GROUPS for n in names(g)]
@@ -57,7 +58,7 @@ def test_the_published_constants() -> None:
     dhbe = yaml.safe_load((CONF / "defense" / "dhbe.yaml").read_text())
     assert (dhbe["batch_size"], dhbe["epochs"], dhbe["iterations"]) == (256, 300, 50)
     assert dhbe["weights"] == {
-        "_target_": "dhbe.game.Weights",
+        "_target_": "dhbe.game.LossWeights",
         "patch": 0.1,
         "tv1": 0.0,
         "tv2": 1e-4,
@@ -162,5 +163,5 @@ def test_a_cell_is_the_same_on_another_mount(
     tree = plain(compose_config("data=cifar10_mini"))
     package = str(ROOT / "dhbe")
     tree["data"]["source"]["root"] = tree["data"]["source"]["root"].replace(package, "/x/dhbe")
-    monkeypatch.setattr("dhbe.config.__file__", "/x/dhbe/config.py")
+    monkeypatch.setattr("dhbe.config.identity.PACKAGE", "/x/dhbe")
     assert cell(tree) == before

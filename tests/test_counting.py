@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops
-from dhbe.counting import Counting, Work
+from dhbe.core.types import Batch
 from dhbe.data import Resident, TrainingBatches
 from dhbe.game import SeededNoise
 from dhbe.models.resnet import resnet
 from dhbe.report.folder import si, speeds, work
-from dhbe.runtime import Runtime
-from dhbe.training import Loss, Supervised, cross_entropy
-from dhbe.types import Batch
+from dhbe.training.runtime import Runtime
+from dhbe.training.supervised import Loss, Supervised, cross_entropy
+from dhbe.training.work import Counting, Work
 
 MakeRuntime = Callable[..., Runtime]
 BATCHES = 10
@@ -144,7 +144,7 @@ def test_counting_changes_no_number(
 
     counted = trained("counted")
     with monkeypatch.context() as patch:
-        patch.setattr("dhbe.runtime.WorkCounter", pl.Callback)
+        patch.setattr("dhbe.training.runtime.WorkCounter", pl.Callback)
         patch.setattr(pl.Callback, "stop", lambda self: None, raising=False)
         patch.setattr(pl.Callback, "work", Work(), raising=False)
         plain = trained("plain")
@@ -193,7 +193,7 @@ def test_figures_of_the_report() -> None:
 
 def test_the_benchmark_scales_to_what_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of 8 by those of 2 and 4; 100 epochs of fine-tuning by a few dozen small steps."""
-    monkeypatch.setattr("dhbe.runtime.LastEpoch.on_train_epoch_end", lambda *_: None)
+    monkeypatch.setattr("dhbe.training.recorder.LastEpoch.on_train_epoch_end", lambda *_: None)
     whole, estimate = (f(flops.victim, "resnet_tiny", 8) for f in (flops.step, flops.scaled))
     assert (estimate.flops, estimate.bytes) == (whole.flops, whole.bytes)
     tuned = flops.trainings("finetune", "resnet_tiny")

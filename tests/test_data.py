@@ -16,13 +16,13 @@ from conftest import CONF, ROOT, make_spec, names, needs_data
 from hydra.utils import instantiate
 from PIL import Image
 
-from dhbe.config import plain
+from dhbe.config.schema import plain
+from dhbe.core.errors import DataError
+from dhbe.core.rng import generator
+from dhbe.core.types import DataSpec
 from dhbe.data import Data, Resident, TrainingBatches, augment, to_float
 from dhbe.data.sources import Folder, Parquet, Torchvision
 from dhbe.data.splits import stratified
-from dhbe.errors import DataError
-from dhbe.rng import generator
-from dhbe.types import DataSpec
 
 EMBEDDED = ROOT / "dhbe" / "data" / "embedded"
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from defenses.cetf import Found
 from dhbe.data import DefenderData, Resident
-from dhbe.masks import Scale
+from dhbe.methods.masks import Scale
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
 
@@ -198,7 +198,8 @@ def trainings(
 
     patch.setattr(f"{type(method).__module__}.Supervised", grab)
     patch.setattr(
-        "dhbe.runtime.Runtime.fit", lambda _, role, *__, **___: after(role, found[role].network)
+        "dhbe.training.runtime.Runtime.fit",
+        lambda _, role, *__, **___: after(role, found[role].network),
     )
     method.repair(network.eval(), data, runtime)
     return found

@@ -14,18 +14,18 @@ from torch import nn
 
 from defenses.clp import CLP, channel_lipschitz
 from defenses.finetune import FineTune
-from dhbe.config import plain
+from dhbe.config.schema import plain
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import ArtefactError, BudgetError, ConfigError
+from dhbe.core.types import Suspect
 from dhbe.data import Budget, DefenderData, Resident
-from dhbe.defense import Defense
-from dhbe.errors import ArtefactError, BudgetError, ConfigError
 from dhbe.models import Normalized
 from dhbe.models.dataflow import conv_bn_pairs
 from dhbe.models.other import PlainVGG, vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import SmallResNet, resnet
-from dhbe.runtime import Recorder
-from dhbe.training import Schedule
-from dhbe.types import Suspect
+from dhbe.training.recorder import Recorder
+from dhbe.training.schedule import Schedule
 
 DEFENSES = names("defense")
 SHORT = {

@@ -28,12 +28,12 @@ from conftest import ROOT, make_spec, small
 from PIL import Image
 from test_cli import TINY, metrics, run
 
-from dhbe import pipeline, results
 from dhbe.checkpoint import CheckpointFile
+from dhbe.core.errors import ArtefactError, DataError
 from dhbe.data import OwnImages, Resident
 from dhbe.data.sources import Torchvision
-from dhbe.errors import ArtefactError, DataError
-from dhbe.evaluate import Evaluator
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.experiment import pipeline, results
 
 LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
 CHOICES = {"data": "tiny", "model": "resnet_tiny", "attack": "badnets", "defense": "clp"}

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.formats import Wrapped, backdoorbench, prefixed, save_all
-from dhbe import evidence
 from dhbe.checkpoint import CheckpointFile, completed
-from dhbe.config import plain
-from dhbe.evidence import Probe
+from dhbe.config.schema import plain
+from dhbe.evaluation import evidence
+from dhbe.evaluation.evidence import Probe
+from dhbe.experiment.pipeline import assemble, build_network, run
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
-from dhbe.pipeline import assemble, build_network, run
 
 PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=1")
 GAME = (

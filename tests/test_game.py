@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.literal import LiteralGame, literal_copy, upsample_then_convolve
-from dhbe.errors import DivergenceError
+from dhbe.core.errors import DivergenceError
 from dhbe.game import (
     Distillation,
     ImageGenerator,
+    LearningRates,
+    LossWeights,
     Noise,
-    Rates,
     ScriptedNoise,
     SeededNoise,
     TriggerNetwork,
-    Weights,
     add_patches,
 )
 from dhbe.game.generator import UpConv
-from dhbe.losses import imbalance, total_variation_l1, total_variation_l2
+from dhbe.methods.losses import imbalance, total_variation_l1, total_variation_l2
 from dhbe.models.preact import WideResNet
 
 CPU = torch.device("cpu")
@@ -59,8 +59,8 @@ def make_game(
         generator=copy.deepcopy(generator),
         trigger_network=copy.deepcopy(trigger),
         noise=noise,
-        weights=Weights(patch=0.1, tv1=tv1, tv2=1e-4, balance=0.0),
-        rates=Rates(
+        weights=LossWeights(patch=0.1, tv1=tv1, tv2=1e-4, balance=0.0),
+        rates=LearningRates(
             student=student,
             generator=1e-3,
             trigger_network=1e-3,

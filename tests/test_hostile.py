@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.hostile import FILES, MARK, verdicts
 from dhbe.checkpoint import Checkpoint
+from dhbe.core.errors import DHBEError
 from dhbe.data.images import decode
 from dhbe.data.sources import Parquet
-from dhbe.errors import DHBEError
 
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 assert len(CORPUS) >= 4

@@ -22,9 +22,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from dhbe.errors import ConfigError
-from dhbe.sweep import PLANS, Plan, Sweep, bury, failure_file, take_slot, write
-from sweeps.status import Names, left, newest, state, view
+from dhbe.core.errors import ConfigError
+from dhbe.sweeping.callback import PLANS, Plan, Sweep, bury, failure_file, take_slot, write
+from dhbe.sweeping.status import Names, left, newest, state, view
 
 TINY = (
     *("data.limit=200", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=1"),
@@ -263,9 +263,9 @@ def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
 def test_slots_are_held_by_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("dhbe.sweep._held", held := [])
+    monkeypatch.setattr("dhbe.sweeping.workers._held", held := [])
     assert [take_slot(), take_slot()] == [0, 1]
-    code = "from dhbe.sweep import take_slot; print(take_slot())"
+    code = "from dhbe.sweeping.callback import take_slot; print(take_slot())"
     other = [sys.executable, "-c", code]
     free = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, check=True)
     assert free.stdout == "2\n"

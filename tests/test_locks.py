@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dhbe.locks import alone, held
+from dhbe.core.locks import alone, held
 
 WORKER = """
 import sys, time, fcntl
@@ -64,7 +64,7 @@ def test_the_claim_of_another_machine_counts_until_it_is_renewed_no_more(
     path = tmp_path / "abc"
     with alone(path, lease=3.0):
         claim = (tmp_path / ".abc.claim").read_text()
-    monkeypatch.setattr("dhbe.locks.PATIENCE", 0.1)
+    monkeypatch.setattr("dhbe.core.locks.PATIENCE", 0.1)
     (tmp_path / ".abc.claim").write_text(claim.replace(os.uname().nodename, "another"))
     start = time.monotonic()
     with alone(path, lease=3.0):

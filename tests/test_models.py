@@ -7,8 +7,8 @@ import torch
 from conftest import make_spec, names
 from hydra.utils import instantiate
 
-from dhbe.config import plain
-from dhbe.errors import ConfigError
+from dhbe.config.schema import plain
+from dhbe.core.errors import ConfigError
 from dhbe.models import Normalized
 
 PARAMETERS = {

@@ -16,23 +16,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import nn
 
-from dhbe import processes
+from dhbe.core.errors import ConfigError
+from dhbe.core.rng import fork
 from dhbe.data import Resident, TrainingBatches
-from dhbe.errors import ConfigError
+from dhbe.experiment.pipeline import run
 from dhbe.game import (
     Distillation,
     ImageGenerator,
-    Rates,
+    LearningRates,
+    LossWeights,
     SeededNoise,
     SharedNoise,
     TriggerNetwork,
-    Weights,
 )
 from dhbe.models import Normalized
-from dhbe.pipeline import run
-from dhbe.rng import fork
-from dhbe.runtime import Recorder, Runtime, TrainerConfig
-from dhbe.training import Schedule, Supervised
+from dhbe.training import parallel as processes
+from dhbe.training.recorder import Recorder
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
+from dhbe.training.trainer import TrainerConfig
 
 CPU = torch.device("cpu")
 
@@ -84,8 +87,8 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         generator=generator.double(),
         trigger_network=trigger_network.double(),
         noise=SharedNoise(SeededNoise(0, device=CPU, dtype=torch.float64)),
-        weights=Weights(patch=0.5, tv1=1e-3, tv2=1e-2, balance=1.0),
-        rates=Rates(
+        weights=LossWeights(patch=0.5, tv1=1e-3, tv2=1e-2, balance=1.0),
+        rates=LearningRates(
             student=0.05,
             generator=1e-2,
             trigger_network=1e-2,

@@ -18,9 +18,9 @@ from test_cli import GAME, metrics, run
 from torch import nn
 
 import dhbe
-from dhbe import pipeline
-from dhbe.entry import purify_arguments
-from dhbe.errors import ConfigError
+from dhbe.cli import purify_arguments
+from dhbe.core.errors import ConfigError
+from dhbe.experiment import pipeline
 from dhbe.models.resnet import SmallResNet
 
 PROBE = ("probe.images=12", "probe.steps=2", "probe.width=4", "trainer.threads=1")

@@ -17,9 +17,9 @@ import yaml
 from conftest import ROOT
 from test_cli import GAME, TINY
 
-from dhbe.config import plain
+from dhbe.config.schema import plain
+from dhbe.experiment.pipeline import assemble
 from dhbe.models.resnet import SmallResNet
-from dhbe.pipeline import assemble
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 LINES = [
@@ -41,7 +41,7 @@ def test_every_command_is_known() -> None:
     for sweep in SWEEPS:
         assert (ROOT / "sweeps" / f"{sweep.split('+sweep=')[1].split()[0]}.yaml").exists()
     for line in OTHERS:
-        known = ("python -m dhbe.report", "python -m sweeps.status", "export ")
+        known = ("python -m dhbe.report", "python -m dhbe.sweeping.status", "export ")
         assert line in CHECKED_ELSEWHERE or line.startswith(known), line
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make demo" in ci

@@ -33,27 +33,28 @@ from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, g
 from defenses.ssft import SSFT, Gate, carrier, critical, stage, suppress, takes_input
 from defenses.trap_and_replace import decoder, total_variation
 from defenses.ulrl import reset
-from dhbe.adversarial import universal
 from dhbe.checkpoint import CheckpointFile
+from dhbe.core.errors import ArtefactError, ConfigError
+from dhbe.core.rng import generator
+from dhbe.core.types import Suspect
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, even, to_float
-from dhbe.errors import ArtefactError, ConfigError
-from dhbe.evaluate import Evaluator
-from dhbe.features import blocks, capture, executed_after, smooth_cam, stages, unrecorded
-from dhbe.masks import attach, clamp, fold, norms, prune
-from dhbe.metrics import outliers, rates
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.evaluation.metrics import rates
+from dhbe.experiment.pipeline import save_weights
+from dhbe.methods.adversarial import universal
+from dhbe.methods.masks import attach, clamp, fold, norms, prune
+from dhbe.methods.selection import accuracy, choose
+from dhbe.methods.statistics import outliers
+from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
+from dhbe.models.hooks import blocks, capture, executed_after, smooth_cam, stages, unrecorded
 from dhbe.models.normalized import fresh
 from dhbe.models.other import vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet
 from dhbe.models.resnet import resnet
-from dhbe.pipeline import save_weights
-from dhbe.rng import generator
-from dhbe.selection import accuracy, choose
-from dhbe.training import Schedule
-from dhbe.types import Suspect
-from dhbe.unlearning import unlearn
-from dhbe.victim import train
+from dhbe.training.schedule import Schedule
+from dhbe.victim.train import train
 
 SPEC = make_spec()
 
@@ -753,7 +754,8 @@ def toy(count: int, seed: int) -> Resident:
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     """(clean network, backdoored network, attack, training set, test set)."""
-    from dhbe.runtime import Runtime, TrainerConfig
+    from dhbe.training.runtime import Runtime
+    from dhbe.training.trainer import TrainerConfig
 
     spec = make_spec(flip=False, crop_padding=0)
     config = TrainerConfig(
@@ -836,7 +838,7 @@ def repairing(name: str, compose_config, options):
     """A defense with enough steps to do something on the toy."""
     from hydra.utils import instantiate
 
-    from dhbe.config import plain
+    from dhbe.config.schema import plain
 
     node = plain(compose_config(f"defense={name}"))["defense"] | options
 

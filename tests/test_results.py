@@ -12,15 +12,18 @@ from conftest import small
 from omegaconf import DictConfig
 from test_cli import TINY
 
-from dhbe.config import cell, plain
+from dhbe.config.identity import cell
+from dhbe.config.schema import plain
+from dhbe.core.errors import DHBEError
+from dhbe.core.types import DataSpec
 from dhbe.data import Resident, TrainingBatches
-from dhbe.errors import DHBEError
-from dhbe.evaluate import Evaluator
-from dhbe.pipeline import completed, run
-from dhbe.results import ResultFolder
-from dhbe.runtime import Runtime, Stopwatch
-from dhbe.training import Schedule, Supervised
-from dhbe.types import DataSpec
+from dhbe.evaluation.evaluator import Evaluator
+from dhbe.experiment.pipeline import completed, run
+from dhbe.experiment.results import ResultFolder
+from dhbe.training.recorder import Stopwatch
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
 
 
 def result(path: Path, text: str) -> ResultFolder:

@@ -11,10 +11,10 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from dhbe.core.errors import BudgetError, ConfigError, DHBEError, DivergenceError
 from dhbe.data import Budget, DefenderData, Resident
 from dhbe.data.access import not_granted
-from dhbe.errors import BudgetError, ConfigError, DHBEError, DivergenceError
-from sweeps.search import search, study, suggest
+from dhbe.sweeping.search import search, study, suggest
 
 optuna = pytest.importorskip("optuna")
 
@@ -93,7 +93,7 @@ def test_a_lost_trial_is_not_one_of_those_wanted(
             raise fate
         return {"purified": {"acc": 0.5, "asr": 1 / cfg.defense.u}}
 
-    monkeypatch.setattr("sweeps.search.run", stub)
+    monkeypatch.setattr("dhbe.sweeping.search.run", stub)
     with pytest.raises(KeyboardInterrupt):
         search(options(tmp_path, 4))
     assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE", "FAIL"]
@@ -115,7 +115,7 @@ def test_a_shared_study_ends_when_all_processes_together_have_enough(
         other.add_trial(optuna.create_trial(values=[0.5, 0.5]))  # another process's
         return {"purified": {"acc": 0.5, "asr": 0.5}}
 
-    monkeypatch.setattr("sweeps.search.run", stub)
+    monkeypatch.setattr("dhbe.sweeping.search.run", stub)
     search(options(tmp_path, 6))
     assert states(tmp_path) == ["COMPLETE"] * 6
 
@@ -126,7 +126,7 @@ def test_a_search_in_which_all_diverges_ends(
     def stub(*_: Any) -> dict[str, Any]:
         raise DivergenceError("nan")
 
-    monkeypatch.setattr("sweeps.search.run", stub)
+    monkeypatch.setattr("dhbe.sweeping.search.run", stub)
     with pytest.raises(DHBEError, match="s: 0 of 2 trials; the others diverged"):
         search(options(tmp_path, 2))
 

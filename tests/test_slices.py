@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
-from dhbe import pipeline
-from dhbe.entry import register_resolvers
-from dhbe.errors import DivergenceError
-from sweeps.slices import planned, work
-from sweeps.status import Names, state
+from dhbe.config.resolvers import register_resolvers
+from dhbe.core.errors import DivergenceError
+from dhbe.experiment import pipeline
+from dhbe.sweeping.slices import planned, work
+from dhbe.sweeping.status import Names, state
 
 CELLS = ("attack=badnets", "seed=0", "defense=none,clp")
 TINY = ("data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=30")
@@ -28,7 +28,7 @@ TINY = ("data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "victi
 def begun(folder: Path, *options: str) -> subprocess.Popen[str]:
     places = (f"paths.results={folder}/results", f"paths.victims={folder}/victims")
     return subprocess.Popen(
-        [sys.executable, "-m", "sweeps.slices", "quick", *CELLS, *TINY, *places, *options],
+        [sys.executable, "-m", "dhbe.sweeping.slices", "quick", *CELLS, *TINY, *places, *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,

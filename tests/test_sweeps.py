@@ -14,7 +14,7 @@ import yaml
 from conftest import CONF, ROOT, names
 from test_report import write_cell
 
-from sweeps.attack_table import merged, rows, stealth, text, victims
+from dhbe.sweeping.attack_table import merged, rows, stealth, text, victims
 
 
 def write_attack(folder: Path, attack: str, acc: float, floor: float | None = None) -> None:
@@ -66,7 +66,7 @@ def test_identical_images_are_perfectly_stealthy() -> None:
 
 
 def test_command_writes_table_and_sheet(results: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sweeps.attack_table", str(results)]
+    command = [sys.executable, "-m", "dhbe.sweeping.attack_table", str(results)]
     command += ["--out", str(tmp_path / "t"), "--sheet", str(tmp_path / "t.png")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     page = tmp_path / "t.md"

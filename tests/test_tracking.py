@@ -21,10 +21,11 @@ from omegaconf import DictConfig
 from test_launch import job
 
 from benchmarks.clusters import continued
-from dhbe.config import cell, plain
-from dhbe.errors import ConfigError
-from dhbe.sweep import Sweep
-from dhbe.tracking import report, tracked
+from dhbe.config.identity import cell
+from dhbe.config.schema import plain
+from dhbe.core.errors import ConfigError
+from dhbe.experiment.tracking import report, tracked
+from dhbe.sweeping.callback import Sweep
 
 METRICS = {
     "victim": {"acc": 0.7, "asr": 1.0, "asr_conditional": None},

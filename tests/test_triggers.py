@@ -12,13 +12,13 @@ from test_attacks import batch, build, prepare, tiny
 from attacks.composite import halves
 from attacks.frequency import cosine
 from attacks.label_consistent import corners
-from dhbe.adversarial import pgd
+from dhbe.core.errors import ConfigError, DataError
+from dhbe.core.rng import generator
+from dhbe.core.types import COVER, POISON
 from dhbe.data import Resident
-from dhbe.errors import ConfigError, DataError
-from dhbe.losses import diversity
-from dhbe.patterns import frozen_call, min_max, optimize, selected_features, smooth
-from dhbe.rng import generator
-from dhbe.types import COVER, POISON
+from dhbe.methods.adversarial import pgd
+from dhbe.methods.losses import diversity
+from dhbe.methods.patterns import frozen_call, min_max, optimize, selected_features, smooth
 
 SPEC32 = make_spec(image_size=32, classes=10)
 

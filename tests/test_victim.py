@@ -14,11 +14,13 @@ from test_attacks import badnets, build
 from test_defenses import suspect
 
 from dhbe import checkpoint
-from dhbe.config import fingerprint
+from dhbe.config.identity import fingerprint
+from dhbe.core.errors import ArtefactError, DivergenceError
 from dhbe.data import Resident, TrainingBatches
-from dhbe.errors import ArtefactError, DivergenceError
-from dhbe.training import Schedule, Supervised
-from dhbe.victim import FORMAT, Making, VictimStore, train
+from dhbe.training.schedule import Schedule
+from dhbe.training.supervised import Supervised
+from dhbe.victim.store import FORMAT, Making, VictimStore
+from dhbe.victim.train import train
 
 
 def schedule(epochs: int = 2, **changes) -> Schedule:

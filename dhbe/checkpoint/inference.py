@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from dhbe import config
 from dhbe.checkpoint.loading import Checkpoint, digest, fill
 from dhbe.checkpoint.pickles import shown
 from dhbe.checkpoint.preprocessing import (
@@ -18,10 +17,11 @@ from dhbe.checkpoint.preprocessing import (
     told,
 )
 from dhbe.checkpoint.recognition import OWN, recognised, sizes
+from dhbe.config import schema as config
+from dhbe.core.errors import ConfigError, got
+from dhbe.core.types import DataSpec
 from dhbe.data.own import NORMALIZATIONS, statistics
-from dhbe.errors import ConfigError, got
 from dhbe.models.interface import prepared
-from dhbe.types import DataSpec
 
 TARGET = "dhbe.checkpoint.CheckpointFile"
 BUDGET = {"_target_": "dhbe.data.Budget"}

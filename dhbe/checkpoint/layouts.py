@@ -15,7 +15,7 @@ import torch
 
 from dhbe.checkpoint.families import Node, Shape, proposals
 from dhbe.checkpoint.pickles import shown
-from dhbe.config import build
+from dhbe.config.schema import build
 
 Renaming = Callable[[Iterable[str]], dict[str, str]]
 

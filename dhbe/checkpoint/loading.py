@@ -16,7 +16,7 @@ from dhbe.checkpoint.layouts import RENAMINGS, differences
 from dhbe.checkpoint.nesting import STATISTICS, facts, is_statistic, listed, weights_in, wrapper
 from dhbe.checkpoint.parametrized import folded, folded_shapes, unfolded
 from dhbe.checkpoint.pickles import Refused, shown
-from dhbe.errors import ArtefactError, ConfigError
+from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
 from dhbe.models.own import REMEDY
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dhbe.errors import ArtefactError
+from dhbe.core.errors import ArtefactError
 
 MAX_OPCODES = 2_000_000
 """A tensor of a state dict takes about 30, a poisoned image that BackdoorBench lists 28."""

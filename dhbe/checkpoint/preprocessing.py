@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhbe.core.rng import generator
 from dhbe.data.natural import natural_images
 from dhbe.data.own import NORMALIZATIONS, statistics
-from dhbe.rng import generator
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 MOST_DIVERGENT = 0.05

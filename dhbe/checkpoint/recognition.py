@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dhbe import config
 from dhbe.checkpoint.layouts import (
     Candidate,
     Nearest,
@@ -24,7 +23,8 @@ from dhbe.checkpoint.preprocessing import (
     strangeness,
     told,
 )
-from dhbe.errors import ArtefactError, ConfigError
+from dhbe.config import schema as config
+from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.models.own import REMEDY, channels_of, classes_of, digest_of, side_of
 
 OWN = "dhbe.models.own.own"

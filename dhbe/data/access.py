@@ -10,11 +10,11 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from dhbe.core.errors import BudgetError, got
+from dhbe.core.rng import generator
 from dhbe.data.images import ImageSet, Resident
 from dhbe.data.loader import to_float
 from dhbe.data.splits import proportional
-from dhbe.errors import BudgetError, got
-from dhbe.rng import generator
 
 VALIDATION_SHARE = 0.2
 """Part of the granted clean images that ``validation()`` sets aside for choosing."""

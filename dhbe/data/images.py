@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dhbe.errors import DataError
+from dhbe.core.errors import DataError
 
 MAX_PIXELS = 64_000_000
 """Of one image, checked before it is unpacked."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dhbe.core.rng import generator
+from dhbe.core.types import CLEAN, Batch, DataSpec
 from dhbe.data.images import ImageSet
-from dhbe.rng import generator
-from dhbe.types import CLEAN, Batch, DataSpec
 
 Compose = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 """(images, labels, positions, generator) -> (images, labels, codes) of a batch."""

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dhbe.core.types import DataSpec
 from dhbe.data.images import decode
-from dhbe.types import DataSpec
 
 EVERY = 5
 """Of the 7,600 embedded training images, one in so many is read."""

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge, Le
 
+from dhbe.core.errors import DataError, got
+from dhbe.core.types import DataSpec
 from dhbe.data.images import ImageSet, Resident, decode, image_bytes
 from dhbe.data.sources import SUFFIXES
 from dhbe.data.splits import Data, Splits
-from dhbe.errors import DataError, got
-from dhbe.types import DataSpec
 
 NORMALIZATIONS: dict[str, tuple[list[float], list[float]]] = {
     "none": ([0.0], [1.0]),

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dhbe.core.errors import DataError
 from dhbe.data.images import Encoded, ImageSet, Resident, Streamed, in_memory
-from dhbe.errors import DataError
 
 Part = Literal["train", "test"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}

@@ -10,11 +10,11 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from dhbe.core.errors import ConfigError, DataError
+from dhbe.core.rng import generator
+from dhbe.core.types import DataSpec
 from dhbe.data.images import ImageSet
 from dhbe.data.sources import Source
-from dhbe.errors import ConfigError, DataError
-from dhbe.rng import generator
-from dhbe.types import DataSpec
 
 SIZES = tuple(sorted(base * 2**k for base in (5, 6, 7, 8) for k in range(6)))
 """Image sizes, in pixels, that the image generator can produce (GeneratorB: 5..8 times 2^n)."""

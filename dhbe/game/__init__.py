@@ -4,7 +4,7 @@ Source: Yan et al., "DHBE: Data-free Holistic Backdoor Erasing in Deep Neural Ne
 Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
 """
 
-from dhbe.game.distillation import Distillation, Rates, Weights
+from dhbe.game.distillation import Distillation, LearningRates, LossWeights
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise, SharedNoise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
@@ -12,12 +12,12 @@ from dhbe.game.trigger_network import TriggerNetwork, add_patches
 __all__ = [
     "Distillation",
     "ImageGenerator",
+    "LearningRates",
+    "LossWeights",
     "Noise",
-    "Rates",
     "ScriptedNoise",
     "SeededNoise",
     "SharedNoise",
     "TriggerNetwork",
-    "Weights",
     "add_patches",
 ]

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
-from dhbe.acceleration import begin_step, eager
-from dhbe.errors import DivergenceError
+from dhbe.core.errors import DivergenceError
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
-from dhbe.losses import disagreement, imbalance, total_variation_l1, total_variation_l2
-from dhbe.processes import average, average_gradients, mean, vector_norm
+from dhbe.methods.losses import disagreement, imbalance, total_variation_l1, total_variation_l2
+from dhbe.training.compile import begin_step, eager
+from dhbe.training.parallel import average, average_gradients, mean, vector_norm
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class LossWeights:
     """Weights of the losses: lambda_d1, lambda_tv1 and lambda_tv2 of the published code.
 
     ``balance`` is ours, 0 in the paper's game: it keeps the generator from images that the teacher
@@ -40,7 +40,7 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class LearningRates:
     """Learning rates, and the schedule they share."""
 
     student: float
@@ -90,8 +90,8 @@ class Distillation(pl.LightningModule):
         generator: ImageGenerator,
         trigger_network: TriggerNetwork | None,
         noise: Noise,
-        weights: Weights,
-        rates: Rates,
+        weights: LossWeights,
+        rates: LearningRates,
         batch_size: int,
         student_moves: int,
         epochs: int,

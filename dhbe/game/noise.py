@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dhbe.processes import rows
-from dhbe.rng import derive_seed
+from dhbe.core.rng import derive_seed
+from dhbe.training.parallel import rows
 
 Place = tuple[int | Tensor, int | Tensor]
 """Column and row of a patch's corner: Python integers, or tensors () on the noise's device."""

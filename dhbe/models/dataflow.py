@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dhbe.errors import ConfigError
+from dhbe.core.errors import ConfigError
 
 
 @torch.no_grad()

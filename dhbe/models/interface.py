@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dhbe.errors import ConfigError, got
-from dhbe.rng import generator
-from dhbe.types import DataSpec
+from dhbe.core.errors import ConfigError, got
+from dhbe.core.rng import generator
+from dhbe.core.types import DataSpec
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dhbe.errors import ConfigError
-from dhbe.rng import fork
-from dhbe.types import DataSpec
+from dhbe.core.errors import ConfigError
+from dhbe.core.rng import fork
+from dhbe.core.types import DataSpec
 
 
 class Normalized(nn.Module):

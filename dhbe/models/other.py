@@ -8,7 +8,7 @@ import timm
 import torchvision
 from torch import nn
 
-from dhbe.errors import ConfigError
+from dhbe.core.errors import ConfigError
 
 
 def vgg19_bn(*, classes: int, channels: int, image_size: int) -> nn.Module:

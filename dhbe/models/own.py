@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dhbe.errors import ConfigError, got
+from dhbe.core.errors import ConfigError, got
 
 KEY = "model.factory"
 SIZES = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-from dhbe.errors import got
+from dhbe.core.errors import got
 
 Widths = Annotated[list[Annotated[int, Ge(1)]], Len(1)]
 SAFE_WIDTH = 16

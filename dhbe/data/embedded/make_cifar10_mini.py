@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from dhbe.core.rng import generator
 from dhbe.data.images import ImageSet
 from dhbe.data.sources import Parquet
 from dhbe.data.splits import stratified
-from dhbe.rng import generator
 
 SIZES = {"train": 7600, "test": 1000}
 """Images kept: as many as fit in 16 MB."""

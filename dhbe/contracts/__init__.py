@@ -1,0 +1,1 @@
+"""What an attack and a defense are."""

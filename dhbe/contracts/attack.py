@@ -1,0 +1,254 @@
+"""The contract of an attack: choose training images, stamp them, say what counts as success."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, TypedDict, final
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from dhbe.contracts.targets import target_rule
+from dhbe.core.errors import got
+from dhbe.core.rng import generator
+from dhbe.core.types import CLEAN, COVER, POISON, DataSpec
+from dhbe.data import ImageSet, Resident, to_float
+from dhbe.models import Normalized
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import Player
+
+Fraction = Annotated[float, Ge(0), Le(1)]
+REFERENCE_SIZE = 32
+"""Image size, in pixels, that sizes and positions in attack configs refer to."""
+
+
+class Poisoning(TypedDict):
+    """Options that all attacks have, under ``attack.``.
+
+    poison_rate: poisoned images as a fraction of all training images.
+    cover_rate: images with a trigger-like change and their true label, as a fraction likewise.
+    target_class: the label the attacker wants.
+    target_rule: who is attacked: everyone, everyone with the next label, or some classes.
+    source_classes: the classes attacked by ``source_specific``; else empty.
+    pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
+    """
+
+    spec: DataSpec
+    poison_rate: Fraction
+    cover_rate: Fraction
+    target_class: Annotated[int, Ge(0)]
+    target_rule: Literal["all_to_one", "all_to_all", "source_specific"]
+    source_classes: list[int]
+    pool: Literal["exclude_target", "all"]
+
+
+class Attack(nn.Module, ABC):
+    """A backdoor attack; everything that makes it (patterns, grids, networks) is module state.
+
+    Subclasses implement ``trigger``; the other hooks have defaults that fit poisoning-only attacks.
+    """
+
+    clean_label: bool = False
+    """Poison keeps its label and is drawn from the target class alone."""
+    controls_training: ClassVar[bool] = False
+    """The attacker trains the victim: each batch is composed anew instead of the set once."""
+    needs_surrogate: ClassVar[bool] = False
+    """``prepare`` gets a clean network: same data, architecture and schedule, no attack."""
+    portable: bool = True
+    """The options alone tell the trigger; else it is made together with a victim."""
+    active: ClassVar[bool] = True
+    """False for ``attack=none``: nothing to measure but clean accuracy."""
+
+    def __init__(self, **options: Unpack[Poisoning]) -> None:
+        super().__init__()
+        self.spec = options["spec"]
+        self.poison_rate, self.cover_rate = options["poison_rate"], options["cover_rate"]
+        self.pool = options["pool"]
+        self.rule = target_rule(
+            options["target_rule"],
+            target_class=options["target_class"],
+            source_classes=options["source_classes"],
+            classes=self.spec.classes,
+        )
+        self.scale = self.spec.image_size / REFERENCE_SIZE
+        if self.poison_rate + self.cover_rate > 1:
+            raise got(
+                "attack.poison_rate + attack.cover_rate",
+                self.poison_rate + self.cover_rate,
+                "at most 1",
+            )
+        if self.spec.balanced:  # else the true shares are known once the labels are read
+            self._count(torch.arange(self.spec.classes).repeat(1000))
+
+    # ------------------------------------------------------------------ the trigger
+
+    @abstractmethod
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        """Triggered images (B, C, H, W); deterministic in evaluation mode.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1].
+            y: true labels (B,).
+            index: positions in the data set (B,), for attacks with stored per-image noise.
+        """
+
+    @final
+    def apply(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        """Triggered images, clamped to [0, 1] and rounded to multiples of 1/255.
+
+        Raises:
+            ValueError: the images have the wrong shape or are not in [0, 1].
+        """
+        if x.shape[1:] != self.spec.shape or len(y) != len(x) or len(index) != len(x):
+            raise ValueError(
+                f"images {tuple(x.shape)}, labels {tuple(y.shape)}, index {tuple(index.shape)}: "
+                f"expected (B, {', '.join(map(str, self.spec.shape))}), (B,), (B,)"
+            )
+        out = self.trigger(x, y=y, index=index)
+        assert out.shape == x.shape, f"{type(self).__name__}.trigger changed the shape"
+        return quantize(out)
+
+    # ------------------------------------------------------------------ the training set
+
+    def _count(self, y: Tensor, *, part: bool = False) -> tuple[Tensor, int, int]:
+        """(eligible positions, number of poison, number of cover images) for labels (N,).
+
+        Args:
+            part: a batch; by chance it may hold fewer eligible images than wanted.
+        """
+        if self.clean_label:
+            able = (y == self.rule.goal(y)).nonzero().flatten()
+        elif self.pool == "exclude_target":
+            able = self.rule.eligible(y).nonzero().flatten()
+        else:
+            able = torch.arange(len(y), device=y.device)
+        poison, cover = round(self.poison_rate * len(y)), round(self.cover_rate * len(y))
+        if part:
+            return able, min(poison, len(able)), cover
+        if poison > len(able) and self.clean_label:
+            warnings.warn(
+                f"attack.poison_rate={self.poison_rate}: {poison} images, but the target class "
+                f"has {len(able)}; all of them are poisoned",
+                stacklevel=2,
+            )
+            poison = len(able)
+        if poison > len(able):
+            share = len(able) / len(y)
+            raise got(
+                "attack.poison_rate",
+                self.poison_rate,
+                f"at most {share:.4g}, the share of images that can be poisoned",
+                "lower it, or set attack.pool=all",
+            )
+        return able, poison, cover
+
+    def select(self, y: Tensor, rng: torch.Generator, *, part: bool = False) -> Tensor:
+        """Codes (N,) int8: 0 clean, 1 poison, 2 cover, drawn without replacement.
+
+        Args:
+            part: ``y`` is a batch, not the training set.
+
+        Raises:
+            ConfigError: more poison is asked for than there are eligible images.
+        """
+        able, poison, cover = self._count(y, part=part)
+        codes = torch.full_like(y, CLEAN, dtype=torch.int8)
+
+        def draw(positions: Tensor, count: int) -> Tensor:
+            order = torch.randperm(len(positions), generator=rng, device=rng.device)
+            return positions[order[:count].to(positions.device)]
+
+        codes[draw(able, poison)] = POISON
+        codes[draw((codes == CLEAN).nonzero().flatten(), cover)] = COVER
+        return codes
+
+    def relabel(self, y: Tensor, codes: Tensor) -> Tensor:
+        """Training labels (N,): the goal for poison, the true label for the rest."""
+        return torch.where(codes.to(y.device) == POISON, self.rule.goal(y), y)
+
+    def stamp(
+        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+    ) -> Tensor:
+        """Training images for given codes; the default puts the trigger on all that are not clean.
+
+        Attacks whose training images differ from their test images (perturbed, masked) override it.
+        """
+        del rng
+        stamped = self.apply(x, y=y, index=index)
+        return torch.where((codes != CLEAN)[:, None, None, None], stamped, x)
+
+    @torch.no_grad()
+    def poison(self, train: ImageSet, codes: Tensor, *, seed: int) -> ImageSet:
+        """The training set as the victim's owner gets it: stamped images, given labels.
+
+        For an attacker who controls training it is a snapshot: what one epoch looks like.
+        """
+        labels = self.relabel(train.labels, codes)
+        index = codes.nonzero().flatten()
+        images = train.resident().images.clone()
+        rng = generator(seed, "stamp")
+        state = next(itertools.chain(self.buffers(), self.parameters()), labels)
+        for part in index.split(512):  # where the trigger is: patterns or networks
+            x, y, c, i = (
+                t.to(state.device) for t in (images[part], train.labels[part], codes[part], part)
+            )
+            stamped = self.stamp(to_float(x), y=y, codes=c, index=i, rng=rng)
+            images[part] = stamped.mul(255).round().byte().to(images.device)
+        return Resident(images, labels)
+
+    # ------------------------------------------------------------------ hooks of trained attacks
+
+    def prepare(
+        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+    ) -> None:
+        """Build what the trigger needs before the victim trains; idempotent.
+
+        Args:
+            codes: which images will be poisoned (N,).
+            surrogate: frozen, in eval mode; given if ``needs_surrogate``.
+        """
+
+    @torch.no_grad()
+    def compose(
+        self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A training batch (images, labels, codes) before augmentation; ``controls_training``."""
+        codes = self.select(y, rng, part=True)
+        return self.stamp(x, y=y, codes=codes, index=index, rng=rng), self.relabel(y, codes), codes
+
+    def players(self) -> Sequence[Player]:
+        """Own networks that learn together with the victim; their gradients come from ``loss``."""
+        return ()
+
+    def begin_epoch(self, progress: float) -> None:
+        """Called before each epoch with the fraction of the victim's budget that is spent."""
+
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+        """The training loss on a batch: cross-entropy, mean over the batch."""
+        del code
+        return F.cross_entropy(network(x), y)
+
+
+def quantize(x: Tensor) -> Tensor:
+    """Clamp to [0, 1] and round to multiples of 1/255: what an image file can hold."""
+    return x.clamp(0, 1).mul(255).round().div(255)
+
+
+class NoAttack(Attack):
+    """Clean training, the reference for every accuracy drop; poisoning options have no effect."""
+
+    active = False
+
+    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        del y, index
+        return x
+
+    def select(self, y: Tensor, rng: torch.Generator, *, part: bool = False) -> Tensor:
+        del rng, part
+        return torch.full_like(y, CLEAN, dtype=torch.int8)

@@ -1,0 +1,1 @@
+"""The ground: types, errors, random streams, locks. Imports nothing else of the project."""

@@ -1,0 +1,1 @@
+"""What alone knows the trigger: predictions, metrics, evidence."""

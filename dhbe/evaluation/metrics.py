@@ -1,0 +1,90 @@
+"""Metrics from counts: a hit is a hit, divisions come last."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A fraction with its counts; undefined (None) over nothing."""
+
+    hits: int
+    total: int
+
+    @property
+    def value(self) -> float | None:
+        """Hits / total."""
+        return self.hits / self.total if self.total else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval."""
+        if not self.total:
+            return None
+        low, high = binomtest(self.hits, self.total).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
+
+    def as_dict(self) -> dict[str, int | list[float] | None]:
+        """Counts and interval for ``metrics.json``."""
+        interval = self.interval
+        return {**asdict(self), "wilson95": None if interval is None else list(interval)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Classes (N,) that one network predicts for the test set, clean and triggered.
+
+    Attributes:
+        triggered: None if no trigger is known.
+    """
+
+    clean: np.ndarray
+    triggered: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What the test set says: labels (N,), goal labels (N,), who counts for ASR (N,) bool."""
+
+    labels: np.ndarray
+    goal: np.ndarray
+    eligible: np.ndarray
+
+
+def rate(hit: np.ndarray, among: np.ndarray) -> Rate:
+    """Hits among the chosen ones; both (N,) bool."""
+    return Rate(hits=int((hit & among).sum()), total=int(among.sum()))
+
+
+def rates(predictions: Predictions, truth: Truth) -> dict[str, Rate | None]:
+    """ACC, ASR, conditional ASR and RA of one network.
+
+    acc: clean images classified as their label.
+    asr: eligible images (true class is not the goal) classified as the goal under the trigger.
+    asr_conditional: the same among those that this network classifies correctly when clean
+        (DHBE's definition; without its 1e-5 guard, so undefined over none).
+    ra: eligible images classified as their label under the trigger.
+    """
+    correct = predictions.clean == truth.labels
+    everyone = np.ones_like(correct)
+    found: dict[str, Rate | None] = {"acc": rate(correct, everyone)}
+    if predictions.triggered is None:
+        return found | {"asr": None, "asr_conditional": None, "ra": None}
+    success = predictions.triggered == truth.goal
+    return found | {
+        "asr": rate(success, truth.eligible),
+        "asr_conditional": rate(success, truth.eligible & correct),
+        "ra": rate(predictions.triggered == truth.labels, truth.eligible),
+    }
+
+
+def der(acc: tuple[float, float], asr: tuple[float, float]) -> float:
+    """Defense effectiveness rating of (before, after) pairs, in [0, 1].
+
+    [max(0, drop of ASR) - max(0, drop of ACC) + 1] / 2.
+    """
+    return (max(0.0, asr[0] - asr[1]) - max(0.0, acc[0] - acc[1]) + 1) / 2

@@ -1,0 +1,1 @@
+"""Many runs: plans, workers, failures, status, search."""

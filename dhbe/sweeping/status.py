@@ -1,0 +1,159 @@
+"""Where a sweep stands, from any terminal: ``python -m dhbe.sweeping.status [NAME|DIR] [--once]``.
+
+NAME is that of ``+sweep=NAME`` (results in ``--results``), DIR a results folder; of several
+launches the newest is shown. It reads files and looks at locks, disturbs nobody, and ends when no
+cell is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dhbe.config.identity import cell
+from dhbe.config.resolvers import register_resolvers
+from dhbe.config.schema import plain
+from dhbe.core.locks import held
+from dhbe.core.paths import CONF
+from dhbe.sweeping.callback import PLANS, Plan, complete, failure_file, write
+
+STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
+"""``begun``: a process died there; whoever comes next continues it."""
+SHOWN = 12
+"""Running and failed cells listed at most."""
+
+
+def newest(target: str, results: Path) -> Plan:
+    """The plan of the last launch of a sweep, by name or results folder.
+
+    Raises:
+        FileNotFoundError: none was ever launched there.
+    """
+    folder, name = (Path(target), "*") if Path(target).is_dir() else (results, target)
+    plans = [Plan.read(f) for f in (folder / PLANS).glob(f"{name}-*[0-9a-f].json")]
+    if not plans:
+        raise FileNotFoundError(
+            f"{target}: neither a results folder nor a sweep launched into {folder}; "
+            "see sweeps/*.yaml, and --results"
+        )
+    return max(plans, key=lambda p: p.started)
+
+
+class Names:
+    """Result folders of the cells of a plan; composing takes 0.1 s each, so they are kept."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.cache = plan, plan.file.with_suffix(".cells")
+        self.found: list[str] = []
+        if self.cache.exists():  # configs or data may have changed since an older launch
+            known = json.loads(self.cache.read_text())
+            if isinstance(known, dict) and known["started"] == plan.started:
+                self.found = known["names"]
+
+    def more(self, seconds: float) -> list[str]:
+        """The names known after looking for ``seconds``, in the order of the plan."""
+        rest = self.plan.cells[len(self.found) :]
+        end = time.monotonic() + seconds
+        register_resolvers()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            for overrides in rest:
+                config = compose("config", [*overrides, f"paths.data='{self.plan.data}'"])
+                self.found.append(cell(plain(config)))
+                if time.monotonic() > end:
+                    break
+        if rest:
+            write(self.cache, {"started": self.plan.started, "names": self.found})
+        return self.found
+
+
+def state(folder: Path, since: float = 0.0) -> str:
+    """One of ``STATES``, of the cell with this result folder.
+
+    Args:
+        since: failures before this time are those of an older launch, and will be tried again.
+    """
+    if complete(folder):
+        return "done"
+    if held(folder):
+        return "running"
+    with suppress(FileNotFoundError):
+        if json.loads(failure_file(folder).read_text())["time"] >= since:
+            return "failed"
+    return "begun" if folder.with_name(f".{folder.name}.partial").exists() else "waiting"
+
+
+def left(plan: Plan, folders: list[Path], states: list[str]) -> timedelta | None:
+    """Time until the last cell ends, at the pace since the launch; None: nothing to go by."""
+    ends = [f / "metrics.json" for f, s in zip(folders, states, strict=True) if s == "done"]
+    fresh = sum(e.stat().st_mtime > plan.started for e in ends)
+    todo = len(plan.cells) - len(ends) - states.count("failed")
+    if not todo:
+        return timedelta()
+    if not fresh:
+        return None
+    return timedelta(seconds=round(max(0.0, time.time() - plan.started) / fresh * todo))
+
+
+def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:
+    """What the terminal shows, and whether nothing is left to wait for."""
+    folders = [Path(plan.results) / n for n in names]
+    states = [state(f, plan.started) for f in folders]
+    count, total = Counter(states), len(plan.cells)
+    rest = left(plan, folders, states)
+    head = f"{plan.name} in {plan.results}: {count['done']} of {total} cells done, "
+    head += f"time left {'unknown' if rest is None else rest}"
+    if len(names) < total:
+        head += f" ({total - len(names)} cells not looked at yet)"
+    table = Table.grid()
+    table.add_row(head)
+    table.add_row(ProgressBar(total=total, completed=count["done"], width=60))
+    table.add_row(Text("  ").join(Text(f"{s} {count[s]}", style=c) for s, c in STATES.items()))
+    for wanted in ("running", "failed"):
+        for i in [i for i, s in enumerate(states) if s == wanted][:SHOWN]:
+            line = Text(f"{wanted}: {plan.label(plan.cells[i])}", style=STATES[wanted])
+            table.add_row(line)
+            if wanted == "failed":
+                record = json.loads(failure_file(folders[i]).read_text())
+                table.add_row(f"  {record['error']}: {record['message']} ({record['host']})")
+    return table, count["done"] + count["failed"] == total
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m dhbe.sweeping.status", description=__doc__)
+    parser.add_argument("target", nargs="?", default="*", help="name of a sweep, or results folder")
+    parser.add_argument("--results", type=Path, default=Path("outputs/results"))
+    parser.add_argument("--once", action="store_true", help="print and end")
+    options = parser.parse_args()
+    try:
+        plan = newest(options.target, options.results)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    names = Names(plan)
+    if options.once:
+        Console().print(view(plan, names.more(float("inf")))[0])
+        return
+    with suppress(KeyboardInterrupt), Live() as live:
+        over = False
+        while not over:
+            table, over = view(plan, names.more(1.0))
+            live.update(table)
+            time.sleep(1.0)
+
+
+if __name__ == "__main__":
+    main()

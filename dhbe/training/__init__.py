@@ -1,0 +1,1 @@
+"""How networks are trained: runtime, schedules, processes, compilation."""

@@ -1,0 +1,1 @@
+"""Where suspects come from, and where trained victims are stored."""

@@ -1,0 +1,175 @@
+"""Victims: trained once, stored under the hash of what made them, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dhbe.config.identity import fingerprint
+from dhbe.contracts.attack import Attack
+from dhbe.core.errors import ArtefactError
+from dhbe.core.locks import alone
+from dhbe.models import Normalized
+from dhbe.training.parallel import agree, first
+from dhbe.training.recorder import Stopwatch
+from dhbe.training.work import Work
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when victims made by older code are no longer comparable; part of the hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A trained network, the attack that made it, and the codes (N,) of its training images.
+
+    Attributes:
+        work: of its trainings; None where it was not counted.
+        sha256: of the stored weights; None if they are not stored.
+    """
+
+    network: Normalized
+    attack: Attack
+    codes: Tensor
+    seconds: float
+    cached: bool
+    curves: list[dict[str, float]]
+    work: Work | None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What making a victim leaves behind, besides its state: codes (N,), curves and work."""
+
+    codes: Tensor
+    curves: list[dict[str, float]]
+    work: Work | None
+
+
+class VictimStore:
+    """Folders of victims: ``<hash>/victim.safetensors`` and ``<hash>/victim.json``, no pickle."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def obtain(
+        self,
+        recipe: dict[str, Any],
+        network: Normalized,
+        attack: Attack,
+        make: Callable[[Path], Making],
+    ) -> Victim:
+        """The victim of this recipe: read if it is there, else made and stored, by one process.
+
+        Args:
+            recipe: everything that makes the victim what it is.
+            network, attack: freshly built; filled with the victim's state.
+            make: trains both in place, given a folder for checkpoints.
+
+        Raises:
+            ArtefactError: the stored victim is truncated, edited, or not this recipe's.
+        """
+        folder = self.root / fingerprint({"format": FORMAT, **recipe})
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                f"paths.victims={self.root}: cannot be written ({error})"
+            ) from error
+        work = self.root / f".{folder.name}.partial"
+        with alone(folder) if first() else nullcontext():
+            if agree(folder.exists()):
+                if first():
+                    shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step
+                return self._read(folder, recipe, network, attack)
+            watch = Stopwatch(work)
+            made = make(work)
+            seconds = watch.seconds
+            sha256 = None
+            if first():
+                sha256 = self._write(folder, recipe, network, attack, made, seconds)
+                shutil.rmtree(work, ignore_errors=True)
+        return Victim(
+            network=network.eval(),
+            attack=attack,
+            codes=made.codes,
+            seconds=seconds,
+            cached=False,
+            curves=made.curves,
+            work=made.work,
+            sha256=sha256,
+        )
+
+    def _write(
+        self,
+        folder: Path,
+        recipe: dict[str, Any],
+        network: Normalized,
+        attack: Attack,
+        made: Making,
+        seconds: float,
+    ) -> str:
+        """Write into a temporary sibling, then rename: a reader never sees half a victim.
+
+        Returns the SHA-256 of the weights.
+        """
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
+        temporary.mkdir()
+        tensors = {"codes": made.codes}
+        for part, module in (("network", network), ("attack", attack)):
+            tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
+        weights = temporary / "victim.safetensors"
+        save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        about = {"recipe": recipe, "seconds": seconds, "curves": made.curves, "sha256": sha256}
+        about["work"] = made.work and asdict(made.work)
+        (temporary / "victim.json").write_text(json.dumps(about, indent=1))
+        temporary.rename(folder)
+        return sha256
+
+    def _read(
+        self, folder: Path, recipe: dict[str, Any], network: Normalized, attack: Attack
+    ) -> Victim:
+        remedy = f"delete {folder} to train it anew"
+        try:
+            about = json.loads((folder / "victim.json").read_text())
+            weights = folder / "victim.safetensors"
+            whole = hashlib.sha256(weights.read_bytes()).hexdigest() == about["sha256"]
+            if about["recipe"] != json.loads(json.dumps(recipe)):
+                raise ArtefactError(f"{folder / 'victim.json'}: edited, not its hash's; {remedy}")
+            if not whole:
+                raise ArtefactError(f"{weights}: truncated or edited (SHA-256 differs); {remedy}")
+            tensors = load_file(weights)
+            counted = about.get("work")  # victims of before have none
+            work = counted and Work(**counted)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ArtefactError(f"{folder}: damaged victim ({error}); {remedy}") from error
+        codes = tensors.pop("codes")
+        for part, module in (("network", network), ("attack", attack)):
+            own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(part)}
+            module.load_state_dict(own)
+        log.info("victim %s read from %s", folder.name, folder)
+        return Victim(
+            network=network.eval(),
+            attack=attack,
+            codes=codes,
+            seconds=float(about["seconds"]),
+            cached=True,
+            curves=about["curves"],
+            work=work,
+            sha256=about["sha256"],
+        )
