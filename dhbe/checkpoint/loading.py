@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dhbe.checkpoint.families import Shape
-from dhbe.checkpoint.files import DAMAGE, Place, open_weights
+from dhbe.checkpoint.files import DAMAGE, Place
+from dhbe.checkpoint.folders import bytes_of, opened
 from dhbe.checkpoint.layouts import RENAMINGS, differences
 from dhbe.checkpoint.nesting import STATISTICS, facts, is_statistic, listed, weights_in, wrapper
 from dhbe.checkpoint.parametrized import folded, folded_shapes, unfolded
@@ -43,10 +44,10 @@ class Checkpoint:
     def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         try:
-            self.file = open_weights(path)
-            self.key, found, prefix = weights_in(self.file.content, key)
+            self.file = opened(path)
+            self.key, found, prefix = weights_in(self.file, key)
         except Refused as error:
-            if not path.is_file():
+            if not path.exists():
                 raise ArtefactError(f"victim.path={path}: no such file") from None
             raise self.refusal(error) from error
         except OSError as error:
@@ -60,7 +61,7 @@ class Checkpoint:
         self._last: tuple[str, bytearray] = ("", bytearray())
         said = {k: listed(v) for k, v in self.file.metadata.items()}
         self.facts = dict(facts(self.file.content)) | said
-        if sum(p.nbytes for p in found.values()) > 2 * path.stat().st_size:
+        if sum(p.nbytes for p in found.values()) > 2 * bytes_of(path):
             raise ArtefactError(
                 f"victim.path={path}: its tensors claim more than the file holds; not read"
             )
@@ -123,7 +124,7 @@ class Checkpoint:
         Raises:
             ArtefactError: a weight does not fit the file's number type.
         """
-        stem = f"{self.path.stem}-purified"
+        stem = f"{self.path.name if self.path.is_dir() else self.path.stem}-purified"
         places = {k: self.places[k] for k in weights}
         buffers = {p.record: self.file.read(p.record) for p in places.values()}
         views = {k: p.view(buffers[p.record]) for k, p in places.items()}
@@ -290,9 +291,11 @@ def several(wrong: list[str], most: int = 6) -> str:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file, or of all files in a folder, in name order."""
     found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            found.update(part)
+    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if part.is_file():
+            with part.open("rb") as file:
+                while block := file.read(2**20):
+                    found.update(block)
     return found.hexdigest()

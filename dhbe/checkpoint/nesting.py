@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dhbe.checkpoint.files import MAX_TENSORS, Place
+from dhbe.checkpoint.files import MAX_TENSORS, Place, WeightFile
 from dhbe.checkpoint.pickles import Opaque, Refused, shown
 
 NESTS = (
@@ -62,7 +62,7 @@ def rank(word: str) -> int:
     return len(NESTS) + (2 if COPIES.search(word) else 1)
 
 
-def weights_in(content: Any, key: str | None) -> Found:
+def weights_in(file: WeightFile, key: str | None) -> Found:
     """The weights that are meant: those under ``key``, or the likeliest.
 
     Args:
@@ -71,11 +71,11 @@ def weights_in(content: Any, key: str | None) -> Found:
     Raises:
         Refused: there are none, or several are as likely; lists their keys.
     """
-    every = list(searched(content))
+    every = list(searched(file))
     if not every:
         raise Refused(
             f"no state dict of tensors, neither on top nor under {', '.join(NESTS)}; keys: "
-            f"{keys_in(content)}"
+            f"{keys_in(file.content)}"
         )
     listed = ", ".join(shown(f.path) or "(top)" for f in every[:MAX_LISTED])
     if key is not None:
@@ -90,17 +90,20 @@ def weights_in(content: Any, key: str | None) -> Found:
     return likeliest[0]
 
 
-def searched(content: Any) -> Iterator[Found]:
+def searched(file: WeightFile) -> Iterator[Found]:
     """All sets of weights in a nesting of dicts, lists and tuples, outermost first."""
-    todo: list[tuple[str, Any, int]] = [("", content, 0)] if nested(content) else []
+    todo: list[tuple[str, Any, int]] = [("", file.content, 0)] if nested(file.content) else []
     seen: set[int] = set()
     looked = 0
     while todo:
         path, value, depth = todo.pop(0)
-        entries = list(value.items() if isinstance(value, dict) else enumerate(value))
-        looked += len(entries)
+        looked += len(value)
         if looked > MAX_LOOKED:
             return
+        if isinstance(value, dict):
+            entries = list(value.items())
+        else:
+            entries = [(i, file.placed(v)) for i, v in enumerate(value)]
         if isinstance(value, dict):
             yield from branches(path, state_dict(value))
         for key, inner in entries if depth < MAX_NESTING else ():
