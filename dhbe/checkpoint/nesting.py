@@ -75,7 +75,7 @@ def weights_in(file: WeightFile, key: str | None) -> Found:
     if not every:
         raise Refused(
             f"no state dict of tensors, neither on top nor under {', '.join(NESTS)}; keys: "
-            f"{keys_in(file.content)}"
+            f"{keys_in(file.content)}; torch.save(model.state_dict(), 'weights.pt') writes one"
         )
     listed = ", ".join(shown(f.path) or "(top)" for f in every[:MAX_LISTED])
     if key is not None:
