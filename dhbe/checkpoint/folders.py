@@ -1,30 +1,21 @@
-"""Folders of weights, and numpy arrays: what is not one file of tensors, read as if it were.
+"""Folders of weights, as Hugging Face hubs hold them: read as if they were one file.
 
-Neither is written back in its own form: the purified weights come as one safetensors file.
+They are not written back in their own form: the purified weights come as one safetensors file.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from dhbe.checkpoint.files import MAX_HEADER, Place, WeightFile, open_weights, parse_json
-from dhbe.checkpoint.pickles import Opaque, Refused, shown
+from dhbe.checkpoint.pickles import Refused, shown
 
 NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 """Of Hugging Face folders, first choice first; with ``.index.json`` behind it a list of parts."""
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".th")
 MAX_PARTS = 100
-RECONSTRUCT = "multiarray._reconstruct"
-ARRAY_TYPES = {
-    f"{kind}{size}" for kind, sizes in (("f", "248"), ("i", "1248"), ("u", "1")) for size in sizes
-}
-"""Of numpy arrays, as dtypes name them."""
 
 
 class Joined(WeightFile):
@@ -34,8 +25,8 @@ class Joined(WeightFile):
     kind = "folder"
 
     def __init__(self, path: Path, parts: list[WeightFile], about: dict[str, Any]) -> None:
-        super().__init__(path)
-        self.parts = parts
+        super().__init__(path, parts[0].source)
+        self.parts, self.about = parts, about
         weights: dict[str, Place] = {}
         for number, part in enumerate(parts):
             found = part.content if isinstance(part.content, dict) else {}
@@ -50,63 +41,28 @@ class Joined(WeightFile):
         number, _, inner = record.partition("/")
         return self.parts[int(number)], inner
 
+    def where(self, record: str) -> tuple[int, int]:
+        part, inner = self._part(record)
+        return part.where(inner)
+
     def size(self, record: str) -> int:
         part, inner = self._part(record)
         return part.size(inner)
 
-    def read(self, record: str) -> bytearray:
+    def part(self, record: str, start: int, length: int) -> bytearray:
         part, inner = self._part(record)
-        return part.read(inner)
+        return part.part(inner, start, length)
 
-    def write(self, target: Path, records: Mapping[str, bytes]) -> None:
-        raise NotImplementedError("a folder is written as one safetensors file")
+    def digest(self) -> str:
+        """SHA-256 of what the folder says and of its parts' hashes."""
+        found = hashlib.sha256(repr(sorted(self.about.items())).encode())
+        for part in self.parts:
+            found.update(part.digest().encode())
+        return found.hexdigest()
 
-
-class Arrays(WeightFile):
-    """A file whose weights are numpy arrays inside its pickle."""
-
-    program = True
-    kind = "numpy arrays"
-
-    def __init__(self, file: WeightFile) -> None:
-        super().__init__(file.path)
-        self.metadata = file.metadata
-        self.held: dict[str, bytes] = {}
-        self.content = self._converted(file.content, 0)
-
-    def _converted(self, value: Any, depth: int) -> Any:
-        if is_array(value):
-            return self._array(value)
-        if isinstance(value, dict) and depth < 3:
-            return {k: self._converted(v, depth + 1) for k, v in value.items()}
-        return value
-
-    def _array(self, value: Opaque) -> Any:
-        """The array's place; the value itself where it is of another type."""
-        _, shape, dtype, fortran, data = value.state
-        raw = data.args[0].encode("latin1") if isinstance(data, Opaque) else data
-        kind = str(dtype.args[0]) if isinstance(dtype, Opaque) and dtype.args else ""
-        order = dtype.state[1] if isinstance(dtype, Opaque) and dtype.state else "<"
-        if kind not in ARRAY_TYPES or order == ">" or not isinstance(raw, bytes):
-            return value
-        array = np.frombuffer(raw, kind)
-        if array.size != math.prod(shape):
-            raise Refused("an array whose shape and data disagree")
-        array = np.ascontiguousarray(array.reshape(shape, order="F" if fortran else "C"))
-        record = f"array {len(self.held)}"
-        self.held[record] = array.tobytes()
-        stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        torch_type = torch.from_numpy(array[:0] if array.ndim else array.reshape(1)).dtype
-        return Place(record, torch_type, 0, tuple(shape), tuple(stride))
-
-    def size(self, record: str) -> int:
-        return len(self.held[record])
-
-    def read(self, record: str) -> bytearray:
-        return bytearray(self.held[record])
-
-    def write(self, target: Path, records: Mapping[str, bytes]) -> None:
-        raise NotImplementedError("arrays are written as a safetensors file")
+    def verify(self) -> None:
+        for part in self.parts:
+            part.verify()
 
 
 def opened(path: Path) -> WeightFile:
@@ -117,8 +73,7 @@ def opened(path: Path) -> WeightFile:
     """
     if path.is_dir():
         return open_folder(path)
-    file = open_weights(path)
-    return Arrays(file) if has_arrays(file.content) else file
+    return open_weights(path)
 
 
 def open_folder(path: Path) -> WeightFile:
@@ -189,26 +144,6 @@ def json_of(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_HEADER:
         raise Refused(f"'{file.name}' of more than {MAX_HEADER:,} bytes")
     return parse_json(file.read_bytes())
-
-
-def is_array(value: Any) -> bool:
-    """Whether a value of a pickle is a numpy array."""
-    return (
-        isinstance(value, Opaque)
-        and value.name.endswith(RECONSTRUCT)
-        and isinstance(value.state, tuple)
-        and len(value.state) == 5
-    )
-
-
-def has_arrays(content: Any, depth: int = 0) -> bool:
-    """Whether a state dict of arrays lies on top of a content, or up to two keys below."""
-    if not isinstance(content, dict) or depth > 2:
-        return False
-    arrays = sum(is_array(v) for v in content.values())
-    if arrays and 2 * arrays > len(content):
-        return True
-    return any(has_arrays(v, depth + 1) for v in content.values())
 
 
 def bytes_of(path: Path) -> int:

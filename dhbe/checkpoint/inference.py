@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dhbe.checkpoint.loading import Checkpoint, digest, fill
+from dhbe.checkpoint.loading import Checkpoint, fill
 from dhbe.checkpoint.pickles import shown
 from dhbe.checkpoint.preprocessing import (
     MATERIAL,
@@ -70,7 +70,8 @@ def completed(
     if checkpoint.others:
         listed = ", ".join(map(shown, sorted(checkpoint.others)[:8]))
         notes.append(f"{len(checkpoint.others)} tensors outside the network stay as is: {listed}")
-    victim = node | {"sha256": digest(checkpoint.path), "assumed": notes}
+    notes += checkpoint.notes
+    victim = node | {"sha256": checkpoint.file.digest(), "assumed": notes}
     return tree | {"victim": victim, "data": data, "model": model}, choices
 
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dhbe.checkpoint.copies import copies
 from dhbe.checkpoint.families import Shape
-from dhbe.checkpoint.files import DAMAGE, Place
+from dhbe.checkpoint.files import DAMAGE
 from dhbe.checkpoint.folders import bytes_of, opened
+from dhbe.checkpoint.kinds import SAVE, module_in
 from dhbe.checkpoint.layouts import RENAMINGS, differences
-from dhbe.checkpoint.nesting import STATISTICS, facts, is_statistic, listed, weights_in, wrapper
+from dhbe.checkpoint.nesting import (
+    MAX_LISTED,
+    STATISTICS,
+    Found,
+    facts,
+    is_statistic,
+    listed,
+    weights_in,
+    wrapper,
+)
 from dhbe.checkpoint.parametrized import folded, folded_shapes, unfolded
 from dhbe.checkpoint.pickles import Refused, shown
+from dhbe.checkpoint.places import Place
+from dhbe.checkpoint.writing import New, written
 from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
 from dhbe.models.own import REMEDY
@@ -43,28 +56,56 @@ class Checkpoint:
 
     def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
-        try:
+        with self.refused():
             self.file = opened(path)
-            self.key, found, prefix = weights_in(self.file, key)
-        except Refused as error:
-            if not path.exists():
-                raise ArtefactError(f"victim.path={path}: no such file") from None
-            raise self.refusal(error) from error
-        except OSError as error:
-            raise ArtefactError(f"victim.path={path}: cannot be read ({error})") from error
+            self.key, found, prefix = self._found(key)
         self.prefix = prefix = wrapper(found, prefix)
         inside = [k for k, p in found.items() if k.startswith(prefix) and not is_statistic(k, p)]
         chosen = set(inside)
         self.places = {k.removeprefix(prefix): found[k] for k in inside}
         self.original = {k.removeprefix(prefix): k for k in inside}
         self.others = {k: p for k, p in found.items() if k not in chosen}
-        self._last: tuple[str, bytearray] = ("", bytearray())
         said = {k: listed(v) for k, v in self.file.metadata.items()}
         self.facts = dict(facts(self.file.content)) | said
-        if sum(p.nbytes for p in found.values()) > 2 * bytes_of(path):
-            raise ArtefactError(
-                f"victim.path={path}: its tensors claim more than the file holds; not read"
-            )
+        with self.refused():
+            if sum(p.reach for p in found.values()) > 2 * bytes_of(path):
+                raise Refused("its tensors claim more than the file holds; not read")
+            self.copies = [] if self.file.program else copies(self.file.content, self.places)
+            self.file.verify()
+
+    def _found(self, key: str | None) -> Found:
+        """The weights in the file; whole networks that were pickled are named as such."""
+        try:
+            return weights_in(self.file, key)
+        except Refused:
+            if name := module_in(self.file.content):
+                raise Refused(
+                    f"a whole pickled network of class {name}, whose code would have to be run; "
+                    f"{SAVE}"
+                ) from None
+            raise
+
+    @contextmanager
+    def refused(self) -> Iterator[None]:
+        """Whatever a file that is not what it seems leads to, as an ``ArtefactError``."""
+        try:
+            yield
+        except Refused as error:
+            if not os.path.lexists(self.path):
+                raise ArtefactError(f"victim.path={self.path}: no such file") from None
+            raise self.refusal(error) from error
+        except OSError as error:
+            if not os.path.lexists(self.path):
+                raise ArtefactError(f"victim.path={self.path}: no such file") from None
+            raise ArtefactError(f"victim.path={self.path}: cannot be read ({error})") from error
+        except DAMAGE as error:
+            raise self.refusal(Refused(f"damaged ({shown(error, 200)})")) from error
+
+    @property
+    def notes(self) -> list[str]:
+        """What becomes of the rest of the file, in words."""
+        names = ", ".join(c.path or "(top)" for c in self.copies[:MAX_LISTED])
+        return [f"copies of the network are replaced alike: {names}"] if self.copies else []
 
     def refusal(self, error: Refused) -> ArtefactError:
         """The error with the file's name and what it means for the reader."""
@@ -91,14 +132,8 @@ class Checkpoint:
         return self._read(name, self.others[name])
 
     def _read(self, name: str, place: Place) -> Tensor:
-        try:
-            if self._last[0] != place.record:  # many tensors may share one
-                self._last = (place.record, self.file.read(place.record))
-            value = place.view(self._last[1]).clone()
-        except Refused as error:
-            raise self.refusal(error) from error
-        except DAMAGE as error:
-            raise self.refusal(Refused(f"damaged ({shown(error, 200)})")) from error
+        with self.refused():
+            value = self.file.tensor(place)
         if value.is_floating_point() and not value.isfinite().all():
             raise ArtefactError(
                 f"victim.path={self.path}: {shown(name)} holds NaN or infinite values; no defense "
@@ -116,37 +151,25 @@ class Checkpoint:
         return {k: found[k] for k in STATISTICS} if len(found) == len(STATISTICS) else None
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
-        """A copy of the file in ``folder`` with other weights, of the same shapes and types.
+        """A new file in ``folder`` with these weights and what else the file held that is plain.
 
-        The name gets ``-purified`` added. Of a program (TorchScript, torch.export) only the
-        weights are written, as safetensors under the program's own keys: its code is unread.
+        It has the input's format, nesting and keys; copies of the network get the same weights. The
+        name gets ``-purified`` added. Of programs (TorchScript, torch.export) and folders only the
+        weights are written, as safetensors under their own keys: code is unread.
 
         Raises:
             ArtefactError: a weight does not fit the file's number type.
         """
-        stem = f"{self.path.name if self.path.is_dir() else self.path.stem}-purified"
-        places = {k: self.places[k] for k in weights}
-        buffers = {p.record: self.file.read(p.record) for p in places.values()}
-        views = {k: p.view(buffers[p.record]) for k, p in places.items()}
-        for key, view in views.items():
-            view.copy_(weights[key])
-        for key, view in views.items():  # after all: some may share their memory
-            if not torch.equal(view, weights[key].to(view.dtype)):
-                raise ArtefactError(
-                    f"victim.path={self.path}: {key} shares its place in the file with another "
-                    "weight that is no longer equal; the file cannot hold both"
-                )
-            if view.is_floating_point() and not view.isfinite().all():
-                raise ArtefactError(
-                    f"victim.path={self.path}: the purified {key} does not fit {view.dtype}"
-                )
-        if self.file.program:
-            target = folder / f"{stem}.safetensors"
-            save_file({self.original[k]: v.clone() for k, v in views.items()}, target)
-            return target
-        target = folder / f"{stem}{self.path.suffix}"
-        self.file.write(target, {k: bytes(v) for k, v in buffers.items()})
-        return target
+        with self.refused():
+            return written(self.file, self.path, folder, self._sets(weights))
+
+    def _sets(self, weights: Mapping[str, Tensor]) -> list[New]:
+        """Every weight with each of its places, and its name in the file."""
+        return [
+            New(k, self.original[k], places[k], value)
+            for places in (self.places, *(c.places for c in self.copies))
+            for k, value in weights.items()
+        ]
 
 
 class CheckpointFile:
@@ -215,7 +238,7 @@ class CheckpointFile:
             ArtefactError: it is not the one that the run began with.
         """
         checkpoint = Checkpoint(self.path, self.key)
-        if self.sha256 and self.sha256 != digest(self.path):
+        if self.sha256 and self.sha256 != checkpoint.file.digest():
             raise ArtefactError(f"victim.path={self.path}: changed during the run; start again")
         return checkpoint
 
@@ -288,14 +311,3 @@ def misfit(path: Path, wrong: list[str]) -> str:
 def several(wrong: list[str], most: int = 6) -> str:
     """Differences in one line."""
     return "; ".join(wrong[:most]) + (f"; and {len(wrong) - most} more" * (len(wrong) > most))
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files in a folder, in name order."""
-    found = hashlib.sha256()
-    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if part.is_file():
-            with part.open("rb") as file:
-                while block := file.read(2**20):
-                    found.update(block)
-    return found.hexdigest()

@@ -100,10 +100,7 @@ def searched(file: WeightFile) -> Iterator[Found]:
         looked += len(value)
         if looked > MAX_LOOKED:
             return
-        if isinstance(value, dict):
-            entries = list(value.items())
-        else:
-            entries = [(i, file.placed(v)) for i, v in enumerate(value)]
+        entries = list(value.items() if isinstance(value, dict) else enumerate(value))
         if isinstance(value, dict):
             yield from branches(path, state_dict(value))
         for key, inner in entries if depth < MAX_NESTING else ():
