@@ -256,7 +256,8 @@ def reaching(network: nn.Module, norm: BatchNorm, x: Tensor) -> Tensor:
 def divergence(inputs: Tensor, norm: BatchNorm) -> float:
     """KL(inputs || running statistics) of normal distributions, mean over channels."""
     values = inputs.transpose(0, 1).flatten(1)  # (C, everything else): many times faster
-    mean, var = values.mean(1).double(), values.var(1).double() + norm.eps
+    middle = values.mean(1, keepdim=True)
+    mean, var = middle[:, 0].double(), (values - middle).square().mean(1).double() + norm.eps
     assert norm.running_mean is not None
     assert norm.running_var is not None
     known, spread = norm.running_mean.double(), norm.running_var.double() + norm.eps
