@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from importlib.resources import files
 
 from omegaconf import DictConfig, OmegaConf
+
+from dhbe.core.machine import workers
+from dhbe.core.paths import PACKAGE
 
 
 def register_resolvers() -> None:
@@ -15,8 +17,13 @@ def register_resolvers() -> None:
     # Launchers of ours bear the names of the plugins' schemas, which they shall be checked against.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/")
     OmegaConf.register_new_resolver("cell", _cell, replace=True)
-    OmegaConf.register_new_resolver("workers", _workers, replace=True)
-    OmegaConf.register_new_resolver("package_data", lambda module: str(files(module)), replace=True)
+    OmegaConf.register_new_resolver("workers", workers, replace=True)
+    OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
+
+
+def _package_data(module: str) -> str:
+    """Folder of ``dhbe.<...>``; nothing is imported."""
+    return str(PACKAGE.joinpath(*module.split(".")[1:]))
 
 
 def _cell(*, _root_: DictConfig) -> str:
@@ -24,9 +31,3 @@ def _cell(*, _root_: DictConfig) -> str:
     from dhbe.config.schema import plain
 
     return cell(plain(_root_))
-
-
-def _workers(given: int) -> int:
-    from dhbe.sweeping.workers import workers
-
-    return workers(given)

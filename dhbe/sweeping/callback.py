@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dhbe.config.resolvers import register_resolvers
+from dhbe.core.machine import workers
 from dhbe.sweeping.failures import (
     announce_job,
     failure_file,
@@ -27,7 +28,7 @@ from dhbe.sweeping.failures import (
     write_json,
 )
 from dhbe.sweeping.plan import Plan, launched, summarize
-from dhbe.sweeping.workers import holds_slot, pin, take_slot, workers
+from dhbe.sweeping.workers import holds_slot, pin, take_slot
 
 EXTRAS = {"submitit_local": "slurm"}
 """Extra that brings a launcher, where it is not called like the launcher."""
