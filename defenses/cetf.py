@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
-from scipy.optimize import OptimizeResult, differential_evolution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches, to_float
-from dhbe.methods.masks import norms
+from dhbe.data import Budget, DefenderData
+from dhbe.methods.masks import batch_norms
+from dhbe.methods.rectangles import best_rectangle
 from dhbe.models import Normalized
-from dhbe.models.hooks import smooth_cam
+from dhbe.models.hooks import bounding_box, smooth_cam
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
-from dhbe.training.supervised import Supervised
 
 
 class Found(NamedTuple):
@@ -91,19 +89,15 @@ class CETF(Defense):
         self.heal(network, found, data, runtime)
         return network
 
-    # ------------------------------------------------------------------ detection
-
     def detect(self, network: Normalized, data: DefenderData, runtime: Runtime) -> list[Found]:
         """Triggers of the incoming images that carry one."""
-        inputs = data.incoming()
-        clean = data.clean().resident()
+        inputs = runtime.tensor(data.incoming())
+        clean = data.clean()
         order = torch.randperm(len(clean), generator=runtime.rng("cetf backgrounds"))
-        others = to_float(clean.images[order].to(runtime.device)).to(runtime.dtype)
+        others = runtime.tensor(clean.subset(order))
         scene, witnesses = others[: self.backgrounds], others[-self.verification :]
         found = []
-        for position in range(min(self.inputs or len(inputs), len(inputs))):
-            raw = inputs.images[position : position + 1]
-            x = to_float(raw.to(runtime.device)).to(runtime.dtype)[0]
+        for position, x in enumerate(inputs[: self.inputs or None]):
             trigger = self.search(network, x, scene, runtime.derive("cetf", position))
             if trigger is not None and self.carried(network, trigger, witnesses) >= 0.5:
                 found.append(trigger)
@@ -111,63 +105,29 @@ class CETF(Defense):
 
     def search(self, network: Normalized, x: Tensor, scene: Tensor, seed: int) -> Found | None:
         """The best rectangle of one image (C, H, W), or None if none scores above zero."""
-        size = x.shape[-1]
-        scale = size / 32
+        size, scale = x.shape[-1], x.shape[-1] / 32
         label = int(network(x[None]).argmax())
-        top, left, bottom, right = self.box(network, x, label, seed)
-        least = max(1, round(self.least_side * scale))
-        high = max(least, bottom - top), max(least, right - left)
-        bounds = [(top, max(top, bottom - least)), (left, max(left, right - least))]
-        bounds += [(least, high[0]), (least, high[1])]
-        mean = x.mean(dim=(1, 2))[:, None, None]
+        heat = smooth_cam(network, x, label, seed)
+        box = bounding_box(
+            heat >= self.cam_threshold * heat.max(), margin=round(self.margin * scale)
+        )
 
-        def score(values: np.ndarray) -> np.ndarray:
-            """Minus the objective of rectangles (4, S), as (S,)."""
-            where = rectangles(torch.from_numpy(values.reshape(4, -1).round()).long(), size)
-            where = where.to(x.device)[:, None]
-            filled = torch.where(where, mean, x)
-            flip = (network(filled).argmax(dim=1) != label).double()
-            pasted = torch.where(where[:, None], x, scene)  # (S, backgrounds, C, H, W)
-            sure = network(pasted.flatten(0, 1)).softmax(dim=1)[:, label] > self.confidence
-            share = sure.view(len(where), -1).double().mean(dim=1)
-            area = where.flatten(1).sum(dim=1) * (160 / size) ** 2  # published for 160 pixels
-            gain = 1e4 * (flip + share) - area.double().square() / 2560
-            return np.asarray(-gain.cpu())
+        def gain(where: Tensor) -> Tensor:
+            return fitness(network, x, label, scene, where.to(x.device), self.confidence)
 
-        with torch.no_grad():
-            best = differential_evolution(
-                score,
-                bounds,
-                strategy="rand1bin",
-                maxiter=self.generations,
-                popsize=max(2, self.population // 4),
-                mutation=0.5,
-                recombination=0.7,
-                rng=np.random.default_rng(seed),
-                polish=False,
-                updating="deferred",
-                vectorized=True,
-                integrality=np.ones(4, dtype=bool),
-                tol=0,
-                callback=Stagnation(),
-            )
-        if best.fun >= 0:
+        where = best_rectangle(
+            gain,
+            box,
+            least_side=max(1, round(self.least_side * scale)),
+            size=size,
+            population=self.population,
+            generations=self.generations,
+            seed=seed,
+        )
+        if where is None:
             return None
-        where = rectangles(torch.from_numpy(best.x.round()).long()[:, None], size)[0]
         where = where.to(x.device)
         return Found(pixels=x * where, where=where, target=label)
-
-    def box(
-        self, network: Normalized, x: Tensor, label: int, seed: int
-    ) -> tuple[int, int, int, int]:
-        """Rows and columns (top, left, bottom, right) where the class activation is high."""
-        size = x.shape[-1]
-        heat = smooth_cam(network, x, label, seed, method="cetf")
-        rows, columns = (heat >= self.cam_threshold * heat.max()).nonzero(as_tuple=True)
-        margin = round(self.margin * size / 32)
-        top, left = (max(0, int(v.min()) - margin) for v in (rows, columns))
-        bottom, right = (min(size, int(v.max()) + 1 + margin) for v in (rows, columns))
-        return top, left, bottom, right
 
     @torch.no_grad()
     def carried(self, network: Normalized, trigger: Found, images: Tensor) -> float:
@@ -175,56 +135,44 @@ class CETF(Defense):
         sure = network(torch.where(trigger.where, trigger.pixels, images)).softmax(dim=1)
         return float((sure[:, trigger.target] > self.confidence).double().mean())
 
-    # ------------------------------------------------------------------ repair
-
     def heal(
         self, network: Normalized, found: list[Found], data: DefenderData, runtime: Runtime
     ) -> None:
         """Fine-tune in place, as ``repair_with`` says."""
         if self.repair_with != "unlearning":
-            layers = norms(network, method="cetf")
+            layers = batch_norms(network, method="cetf")
             network.requires_grad_(False)
             for layer in layers:
                 layer.requires_grad_(True)
-        batches = TrainingBatches(
-            data.clean(),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("cetf repair"),
-            device=runtime.device,
-        )
-
         pixels, places = (torch.stack(t) for t in list(zip(*found, strict=True))[:2])
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y, rng = batch.images.to(runtime.dtype), batch.labels, batches.noise
+            x, y, rng = batch.images, batch.labels, batch.rng
             if self.repair_with != "bn_cleaning":
                 one = torch.randint(len(found), (1,), generator=rng, device=rng.device)
                 x = torch.cat([x, torch.where(places[one], pixels[one], x)])
                 y = y.repeat(2)
             return F.cross_entropy(net(x), y)
 
-        module = Supervised(network, batches, self.schedule, role="student", loss=loss)
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        runtime.train(network, data.clean(), self.schedule, purpose="cetf repair", loss=loss)
 
 
-class Stagnation:
-    """Ends the evolution after 10 generations without progress of 1e-6."""
+def fitness(
+    network: Normalized, x: Tensor, label: int, scene: Tensor, where: Tensor, confidence: float
+) -> Tensor:
+    """10^4 (flip + share) - area penalty of rectangles in an image (S,), as published.
 
-    def __init__(self) -> None:
-        self.best, self.idle = float("inf"), 0
-
-    def __call__(self, intermediate_result: OptimizeResult) -> bool:
-        self.idle = 0 if self.best - intermediate_result.fun > 1e-6 else self.idle + 1
-        self.best = min(self.best, intermediate_result.fun)
-        return self.idle >= 10
-
-
-def rectangles(values: Tensor, size: int) -> Tensor:
-    """Masks (S, size, size) bool of rectangles (4, S): top, left, height, width."""
-    at = torch.arange(size)
-    top, left, height, width = (v[:, None] for v in values)
-    rows = (at >= top) & (at < top + height)
-    columns = (at >= left) & (at < left + width)
-    inside: Tensor = rows[:, :, None] & columns[:, None, :]
-    return inside
+    Args:
+        x, label: the image (C, H, W) and what the network takes it for.
+        scene: images (N, C, H, W) that a rectangle's pixels are pasted on.
+        where: rectangles (S, H, W) bool.
+    """
+    where = where[:, None]
+    filled = torch.where(where, x.mean(dim=(1, 2))[:, None, None], x)
+    flip = (network(filled).argmax(dim=1) != label).double()
+    pasted = torch.where(where[:, None], x, scene)  # (S, N, C, H, W)
+    sure = network(pasted.flatten(0, 1)).softmax(dim=1)[:, label] > confidence
+    share = sure.view(len(where), -1).double().mean(dim=1)
+    area = where.flatten(1).sum(dim=1) * (160 / x.shape[-1]) ** 2  # published for 160 pixels
+    gain: Tensor = 1e4 * (flip + share) - area.double().square() / 2560
+    return gain

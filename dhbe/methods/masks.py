@@ -29,7 +29,7 @@ class Scale(nn.Module):
         return weight * (self.mask + self.noise)
 
 
-def norms(network: nn.Module, *, method: str) -> list[nn.BatchNorm2d]:
+def batch_norms(network: nn.Module, *, method: str) -> list[nn.BatchNorm2d]:
     """BatchNorms with channel weights, in order of definition.
 
     Raises:
