@@ -72,17 +72,10 @@ class InputAware(Attack):
         masks: Tensor = (20 * raw - 10).tanh() / 2 + 0.5
         return masks
 
-    def inject(
-        self, x: Tensor, source: Tensor, masks: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Images ``x`` with the triggers of ``source``, and those triggers' patterns.
-
-        Args:
-            masks: of ``source``, if they are known.
-        """
+    def inject(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``x`` with the triggers of ``source``, and those triggers' patterns."""
         patterns = self.patterns(source)
-        masks = self.masks(source) if masks is None else masks
-        return x + (patterns - x) * masks, patterns
+        return x + (patterns - x) * self.masks(source), patterns
 
     def trigger(self, x: Tensor) -> Tensor:
         return self.inject(x, x)[0]
@@ -139,15 +132,12 @@ class InputAware(Attack):
         poison, cover = ((code == c).nonzero().flatten() for c in (POISON, COVER))
         base = torch.cat([x[poison], x[cover]])
         source = torch.cat([x[poison], x.roll(1, 0)[cover]])
-        with torch.no_grad():
-            masks = self.masks(source)
-        injected, patterns = self.inject(base, source, masks)
+        injected, patterns = self.inject(base, source)
         images = x.clone()
         images[torch.cat([poison, cover])] = injected.to(x.dtype)
         loss = F.cross_entropy(network(images), self.relabel(y, code))
         pairs = min(len(poison), len(cover))
         if not pairs:
             return loss
-        both = torch.arange(len(source), device=x.device)
-        both = torch.cat([both[:pairs], both[len(poison) :][:pairs]])
+        both = [*range(pairs), *range(len(poison), len(poison) + pairs)]
         return loss + self.diversity_weight * diversity(source[both], patterns[both], shift=pairs)

@@ -50,7 +50,7 @@ class Poisoning(TypedDict):
 class Attack(nn.Module):
     """A backdoor attack; everything that makes it (patterns, grids, networks) is module state.
 
-    Subclasses implement ``trigger`` (or ``labelled_trigger``, where labels or positions matter); the
+    Subclasses implement ``trigger`` (or ``labelled_trigger``, if labels or positions matter); the
     other hooks have defaults that fit poisoning-only attacks.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 IDLE = 25
-"""Epochs without a mask 1 % smaller after which a search is over, once the price went up and down."""
+"""Epochs without a mask 1 % smaller that end a search, once the price went up and down."""
 
 
 class CostScheduler:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 def best_rectangle(
     fitness: Callable[[Tensor], Tensor],
-    box: tuple[int, int, int, int],
+    inside: Tensor,
     *,
+    margin: int,
     least_side: int,
-    size: int,
     population: int,
     generations: int,
     seed: int,
@@ -26,9 +26,10 @@ def best_rectangle(
 
     Args:
         fitness: masks (S, size, size) -> (S,).
-        box: rows and columns (top, left, bottom, right) that bound the search.
+        inside: (size, size) bool; the box around it and a margin bounds the search.
     """
-    top, left, bottom, right = box
+    size, device = inside.shape[-1], inside.device
+    box = top, left, bottom, right = bounding_box(inside, margin=margin)
     bounds = [(top, max(top, bottom - least_side)), (left, max(left, right - least_side))]
     bounds += [
         (least_side, max(least_side, end - start))
@@ -38,7 +39,7 @@ def best_rectangle(
     @torch.no_grad()
     def cost(values: np.ndarray) -> np.ndarray:
         where = rectangles(torch.from_numpy(values.reshape(4, -1).round()).long(), size)
-        return np.asarray(-fitness(where).cpu())
+        return np.asarray(-fitness(where.to(device)).cpu())
 
     best = differential_evolution(
         cost,
@@ -58,7 +59,7 @@ def best_rectangle(
     )
     if best.fun >= 0:
         return None
-    return rectangles(torch.from_numpy(best.x.round()).long()[:, None], size)[0]
+    return rectangles(torch.from_numpy(best.x.round()).long()[:, None], size)[0].to(device)
 
 
 class Stagnation:
@@ -81,3 +82,12 @@ def rectangles(values: Tensor, size: int) -> Tensor:
     columns = (at >= left) & (at < left + width)
     inside: Tensor = rows[:, :, None] & columns[:, None, :]
     return inside
+
+
+def bounding_box(where: Tensor, *, margin: int) -> tuple[int, int, int, int]:
+    """Smallest (top, left, bottom, right) around what is true in ``where`` (H, W), and a margin."""
+    size = where.shape[-1]
+    rows, columns = where.nonzero(as_tuple=True)
+    top, left = (max(0, int(v.min()) - margin) for v in (rows, columns))
+    bottom, right = (min(size, int(v.max()) + 1 + margin) for v in (rows, columns))
+    return top, left, bottom, right

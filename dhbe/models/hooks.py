@@ -160,12 +160,3 @@ def smooth_cam(
     )
     enlarged: Tensor = F.interpolate(heat[None, None], size=x.shape[-2:], mode="bilinear")
     return enlarged[0, 0]
-
-
-def bounding_box(where: Tensor, *, margin: int) -> tuple[int, int, int, int]:
-    """Smallest (top, left, bottom, right) around what is true in ``where`` (H, W), and a margin."""
-    size = where.shape[-1]
-    rows, columns = where.nonzero(as_tuple=True)
-    top, left = (max(0, int(v.min()) - margin) for v in (rows, columns))
-    bottom, right = (min(size, int(v.max()) + 1 + margin) for v in (rows, columns))
-    return top, left, bottom, right
