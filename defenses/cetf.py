@@ -100,8 +100,7 @@ class CETF(Defense):
         """Triggers of the incoming images that carry one."""
         inputs = runtime.tensor(data.incoming())
         others = runtime.tensor(data.clean())
-        order = torch.randperm(len(others), generator=runtime.rng("cetf backgrounds"))
-        others = others[order]
+        others = others[torch.randperm(len(others), generator=runtime.rng("cetf backgrounds"))]
         scene, witnesses = others[: self.backgrounds], others[-self.verification :]
         found = []
         for position, x in enumerate(inputs[: self.inputs or None]):

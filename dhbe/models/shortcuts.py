@@ -22,7 +22,7 @@ def blocks(network: nn.Module, *, least: int = 1, method: str = "") -> list[nn.M
     if len(found) < least:
         raise ConfigError(
             f"defense={method}: the network has {len(found)} residual blocks, {least} are needed; "
-            "it works on ResNets and Wide ResNets. For other networks: dhbe, finetune, nft, anp"
+            "use a ResNet or Wide ResNet, or a defense that works on any network (docs/purify.md)"
         )
     return found
 
