@@ -75,7 +75,9 @@ class InputAware(Attack):
     def inject(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """Images ``x`` with the triggers of ``source``, and those triggers' patterns."""
         patterns = self.patterns(source)
-        return x + (patterns - x) * self.masks(source), patterns
+        with torch.no_grad():  # fixed since stage 1
+            masks = self.masks(source)
+        return x + (patterns - x) * masks, patterns
 
     def trigger(self, x: Tensor) -> Tensor:
         return self.inject(x, x)[0]
