@@ -106,7 +106,7 @@ def test_prune_zeroes_gamma_at_or_below_the_threshold() -> None:
 
 def test_networks_without_batchnorm_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"defense=anp: the network has no BatchNorm.*defense=dhbe"
+        ConfigError, match=r"defense=anp: the network has no BatchNorm.*use a defense that"
     ):
         batch_norms(nn.Conv2d(1, 1, 1), method="anp")
 
@@ -119,7 +119,7 @@ def test_outliers_by_hand() -> None:
     assert outliers(-values, 4.5, side="below") == [4]
 
 
-def test_unrecorded_passes_leave_statistics_and_carry_gradients() -> None:
+def test_passes_with_frozen_statistics_leave_them_and_carry_gradients() -> None:
     network = tiny(SPEC).train()
     x, _ = batch()
     before = copy.deepcopy(network.state_dict())
@@ -725,7 +725,9 @@ def test_a_network_that_cannot_start_anew_is_refused(name: str, weight: str) -> 
     else:
         network = VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=4)
     suspect = trained(Normalized(network, SPEC))
-    with pytest.raises(ConfigError, match=rf"defense=abl: it trains anew, .*{weight}.*finetune"):
+    with pytest.raises(
+        ConfigError, match=rf"defense=abl: it trains anew, .*{weight}.*repairs the trained"
+    ):
         fresh(suspect, 1, method="abl")
 
 
