@@ -240,7 +240,7 @@ def test_every_attack_trains_and_is_stored(
         runtime = make_runtime(work="train")
         surrogate = tiny(spec) if attack.needs_surrogate else None
         codes = train(network, attack, images, schedule, runtime, surrogate)
-        return Making(codes=codes, curves=[], work=runtime.tally.work)
+        return Making(codes=codes, curves=[], work=runtime.work_total.work)
 
     made = store.obtain({"name": name}, network, attack, make)
     for player in attack.players():
