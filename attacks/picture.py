@@ -64,6 +64,5 @@ class Picture(Attack):
         self.register_buffer("pattern", pattern)
         self.register_buffer("mask", mask)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return (1 - self.mask) * x + self.mask * self.pattern

@@ -21,7 +21,6 @@ from dhbe.game import (
     LearningRates,
     LossWeights,
     SeededNoise,
-    SharedNoise,
     TriggerNetwork,
 )
 from dhbe.models import Normalized
@@ -112,9 +111,8 @@ class DHBE(Defense):
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
-            noise=SharedNoise(
-                SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype)
-            ),
+            noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
+            processes=runtime.processes,
             weights=self.weights,
             rates=self.rates,
             batch_size=self.batch_size,

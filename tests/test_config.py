@@ -133,9 +133,9 @@ def test_cells_differ_by_what_matters(compose_config) -> None:
     assert name() != name("seed=1")
     assert name() != name("defense.rates.student=0.5")
     assert name() == name("paths.data=/elsewhere", "trainer.progress=never", "force=true")
-    assert name() == name("trainer.recompute=true"), "the same numbers"
+    assert name() == name("trainer.count=true"), "the same numbers"
     assert name() != name("trainer.compile=default"), "another rounding"
-    assert name() == name("~trainer.compile", "~trainer.tf32", "~trainer.recompute"), "older cells"
+    assert name() == name("~trainer.compile", "~trainer.tf32", "~trainer.count"), "older cells"
 
 
 def test_schema_reads_annotations() -> None:

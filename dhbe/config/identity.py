@@ -34,7 +34,7 @@ def cell(tree: dict[str, Any]) -> str:
         roots = [tree["paths"]["data"], str(PACKAGE)]
         kept["data"] = data | {"source": _relative(data.get("source"), roots)}
     if isinstance(kept.get("trainer"), dict):
-        idle = {"progress", "recompute"}
+        idle = {"progress", "count"}
         idle |= {k for k, v in SWITCHES.items() if kept["trainer"].get(k) == v}
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in idle}
     return fingerprint(kept)

@@ -35,8 +35,8 @@ class Defense(ABC):
         if missing := budget.missing(cls.needs):
             raise BudgetError(
                 f"budget={budget.name}: {cls.__name__} needs {missing}; set budget=pct1 or another "
-                "that grants it (one_per_class, pct1, pct2, pct5, holdout5), or pick a data-free "
-                "defense (dhbe, clp)"
+                "that grants it (one_per_class, pct1, pct2, pct5, holdout5), or a defense that "
+                "needs no data"
             )
 
     def fits(self, spec: DataSpec) -> None:

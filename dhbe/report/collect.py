@@ -34,7 +34,7 @@ ERASED = ("defense", "budget", "trainer")
 """Config groups of a case and of a method."""
 NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
 """Options that change neither, or that the names tell."""
-LATER = {"tf32": False, "compile": "never", "recompute": False}
+LATER = {"count": False, "tf32": False, "compile": "never", "recompute": False}
 """Options that older runs do not have; with these values they make no difference to them."""
 
 
