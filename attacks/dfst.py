@@ -20,7 +20,7 @@ from dhbe.core.rng import fork
 from dhbe.methods.patterns import frozen_call
 from dhbe.models.hooks import frozen_statistics
 from dhbe.models.translator import Translator
-from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.schedule import Adam, Player
 
 WARM = ((1.05, 0.20, 0.05), (0.10, 0.70, 0.05), (0.05, 0.10, 0.55))
 """Rows: red, green, blue of the styled image; columns: of the original."""
@@ -58,7 +58,7 @@ class DFST(Attack):
         similarity_weight: Annotated[float, Ge(0)],
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
-        injector_schedule: AdamSchedule,
+        injector_schedule: Adam,
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)

@@ -18,7 +18,7 @@ from dhbe.methods.losses import diversity
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.schedule import Adam, AdamSchedule, Player
 
 
 class InputAware(Attack):
@@ -49,7 +49,7 @@ class InputAware(Attack):
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
         mask_schedule: AdamSchedule,
-        pattern_schedule: AdamSchedule,
+        pattern_schedule: Adam,
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)

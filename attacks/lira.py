@@ -15,7 +15,7 @@ from dhbe.contracts.attack import Attack, Fraction, Poisoning
 from dhbe.core.rng import fork
 from dhbe.methods.patterns import frozen_call
 from dhbe.models.translator import Translator
-from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.schedule import Adam, Player
 
 
 class LIRA(Attack):
@@ -47,7 +47,7 @@ class LIRA(Attack):
         generator_share: Fraction,
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
-        generator_schedule: AdamSchedule,
+        generator_schedule: Adam,
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)

@@ -30,7 +30,8 @@ def purify(
     classes: int,
     channels: int = 3,
     normalization: str | Mapping[str, Sequence[float]] = "none",
-    defense: str = "dhbe_quick",
+    defense: str = "dhbe",
+    scale: str = "quick",
     clean: str | Path | None = None,
     test: str | Path | None = None,
     trigger: str | Path | None = None,
@@ -43,7 +44,8 @@ def purify(
         model: normalised images (B, channels, image_size, image_size) -> logits (B, classes).
         normalization: what stands before the model: ``none`` for pixels in [0, 1], a preset such
             as ``cifar10`` or ``imagenet``, or ``{"mean": [...], "std": [...]}`` per channel.
-        defense: a config of ``conf/defense``; ``dhbe`` is the published setting, for GPUs.
+        defense: a config of ``conf/defense``.
+        scale: ``quick`` or ``cpu`` fit it to a CPU; ``paper`` is the published setting, for GPUs.
         clean: folder ``<clean>/<class>/<image>`` for defenses that need images.
         test: folder likewise; measures accuracy before and after, for the report.
         trigger: picture of a suspected trigger, tried on ``test``, for the report.
@@ -59,11 +61,12 @@ def purify(
         DivergenceError: the purified model would hold NaN or infinite weights.
     """
     choices = {"data": "own", "attack": "none", "model": type(model).__name__, "defense": defense}
+    choices["scale"] = scale
     choices["budget"] = "own" if clean else "none"
     tree = composed(
         [
             *("task=purify", "checkpoint=given", "model=resnet_tiny"),
-            *(f"defense={defense}", f"budget={choices['budget']}", *overrides),
+            *(f"defense={defense}", f"scale={scale}", f"budget={choices['budget']}", *overrides),
         ]
     )
     tree["data"] |= {

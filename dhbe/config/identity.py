@@ -8,8 +8,8 @@ from typing import Any
 
 from dhbe.core.paths import PACKAGE
 
-CELL_EXCLUDED = ("paths", "logger", "force")
-"""Config groups that do not change a result."""
+CELL_EXCLUDED = ("paths", "logger", "force", "ablation")
+"""Parts of a config that do not change a result, or only through other parts."""
 
 
 SWITCHES = {"tf32": False, "compile": "never"}

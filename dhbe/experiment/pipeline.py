@@ -533,5 +533,5 @@ def detected(parts: Parts, truth: Truth | None, runtime: Runtime) -> dict[str, A
 
 def names(choices: Mapping[str, str]) -> dict[str, str]:
     """What was chosen in each config group."""
-    groups = ("data", "model", "attack", "defense", "budget")
+    groups = ("data", "model", "attack", "defense", "budget", "scale")
     return {g: choices.get(g) or "custom" for g in groups}

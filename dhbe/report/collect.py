@@ -3,7 +3,8 @@
 Runs are grouped by the *case* (what was attacked: data, model, attack, victim's training) and the
 *method* (what erased it: defense, budget, selection). Runs of one case and one method differ in the
 seed alone. Where two cases or methods bear the same names, ``variant`` says which options differ
-(or, where those are not known, the start of the hash).
+(or, where those are not known, the start of the hash). The scale is told beside them; as far as it
+changed anything, the options hold it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dhbe.report import former
 from dhbe.report.folder import ROLES, read_metrics, speeds
 
 CASE = ["data", "model", "attack", "attack_variant"]
@@ -51,7 +53,7 @@ def collect(folders: Iterable[Path]) -> pd.DataFrame:
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(lambda folder: _row(folder, options), found))
     if not rows:
-        return pd.DataFrame(columns=[*CASE, *METHOD, *RUN, *OPTIONS, "der"])
+        return pd.DataFrame(columns=[*CASE, *METHOD, "scale", *RUN, *OPTIONS, "der"])
     table = pd.DataFrame(rows).drop_duplicates(RUN, keep="last").reset_index(drop=True)
     return relabel(table)[0]
 
@@ -61,7 +63,7 @@ def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
     tables = tuple(t.copy() for t in tables)
     for column, names in (("case", CASE), ("method", METHOD)):
         *given, variant = names
-        needed = [column, f"{column}_options", *given, variant]
+        needed = [column, f"{column}_options", *given, variant, "scale"]
         texts = _variants(pd.concat([t.reindex(columns=needed) for t in tables]), column, names)
         for table in tables:
             table[variant] = [texts[name] for name in table[column]]
@@ -70,11 +72,14 @@ def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     m = read_metrics(folder)
+    earlier = "scale" not in m
+    if earlier:
+        m |= former.names(m["attack"], m["defense"])
     file = folder / "config.yaml"
     config = yaml.load(file.read_text(), Loader=yaml.CSafeLoader) if file.exists() else {}
     if m["attack"] == "none":
         config["attack"] = None  # poisoning options have no effect
-    row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection")}
+    row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection", "scale")}
     row |= {k: m[k] for k in ("seed", "poison_rate", "der")}
     row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in RATES}
     row["floor_asr"] = m.get("floor", {}).get("asr")
@@ -85,6 +90,7 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row["peak_memory_mb"] = m.get("peak_memory_mb")
     for column, names, groups in (("case", CASE, ATTACKED), ("method", METHOD, ERASED)):
         flat = flatten({g: config.get(g) for g in groups})
+        flat = former.options(flat) if earlier else flat
         named = [m[name] for name in names if name in m]
         row[column] = digest(named, flat)
         row[f"{column}_options"] = options.setdefault(row[column], flat)
@@ -112,13 +118,15 @@ def flatten(node: Any, path: str = "") -> dict[str, Any]:
         return {path: node}
     found: dict[str, Any] = {}
     for key, value in node.items():
-        if key not in NEUTRAL and LATER.get(key, ...) != value:
+        if key == "_target_" and path.endswith(".shape"):
+            found[path] = value.rpartition(".")[2]
+        elif key not in NEUTRAL and LATER.get(key, ...) != value:
             found |= flatten(value, f"{path}.{key}" if path else str(key))
     return found
 
 
 def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, str]:
-    """For each hash in ``column``: the options that tell it from others of the same names.
+    """For each hash in ``column``: the scale or the options that tell it from others of the same names.
 
     Where its options are not known, the former text; where texts are the same, also the hash.
     """
@@ -126,7 +134,8 @@ def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, s
         zip(table[column], table[f"{column}_options"], strict=True)
     )
     *given, variant = names
-    former = dict(zip(table[column], table[variant].fillna(""), strict=True))
+    before = dict(zip(table[column], table[variant].fillna(""), strict=True))
+    scale = dict(zip(table[column], table["scale"], strict=True))
     kin: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for row in table[[column, *given]].itertuples(index=False):
         kin[tuple(row[1:])].add(row[0])
@@ -135,11 +144,14 @@ def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, s
         known = [options[name] for name in group if options[name]]
         keys = sorted({k for o in known for k in o})
         differing = [k for k in keys if len({repr(o.get(k)) for o in known}) > 1]
+        if len({scale[name] for name in group}) == len(group) > 1:
+            found |= {name: f"scale={scale[name]}" for name in group}
+            continue
         texts = {}
         for name in group:
             own = options[name]
             shown = [f"{k.partition('.')[2] or k}={own[k]}" for k in differing if k in own]
-            texts[name] = ", ".join(shown) if own else former[name]
+            texts[name] = ", ".join(shown) if own else before[name]
         times = Counter(texts.values())
         for name, text in texts.items():
             found[name] = text if times[text] == 1 else f"{text} #{name[:6]}".strip()
@@ -172,10 +184,30 @@ def merge(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Rows of a former ``results.csv``, replaced where the same run was made again."""
     if old.exists():
         text = dict.fromkeys(("case", "method", "commit"), str)  # some hashes look like numbers
-        former = pd.read_csv(old, keep_default_na=True, dtype=text)
+        kept = pd.read_csv(old, keep_default_na=True, dtype=text)
         file = old.with_name(OPTIONS_FILE)
         options = json.loads(file.read_text()) if file.exists() else {}
         for column in ("case", "method"):
-            former[f"{column}_options"] = [options.get(name, {}) for name in former[column]]
-        new = pd.concat([t for t in (former, new) if len(t)] or [new], ignore_index=True)
+            kept[f"{column}_options"] = [options.get(name, {}) for name in kept[column]]
+        if "scale" not in kept:
+            kept = renamed(kept)
+        new = pd.concat([t for t in (kept, new) if len(t)] or [new], ignore_index=True)
     return relabel(new.drop_duplicates(RUN, keep="last").reset_index(drop=True))[0]
+
+
+def renamed(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of an earlier version with today's names, options and hashes."""
+    table = table.copy()
+    pairs = zip(table["attack"], table["defense"], strict=True)
+    table[["attack", "defense", "scale"]] = [list(former.names(*p).values()) for p in pairs]
+    for column, names in (("case", CASE), ("method", METHOD)):
+        given = [n for n in names if not n.endswith("_variant")]
+        flats = [former.options(o) for o in table[f"{column}_options"]]
+        table[f"{column}_options"] = flats
+        table[column] = [
+            digest(row, flat) if flat else name
+            for name, flat, row in zip(
+                table[column], flats, table[given].to_numpy().tolist(), strict=True
+            )
+        ]
+    return table
