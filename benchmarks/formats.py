@@ -151,7 +151,10 @@ WRAPPINGS: dict[str, Callable[..., Any]] = {
     "views of one storage": lambda w, **_: one_storage(w),
     "normalisation in front": lambda w, **_: (
         prefixed(w, "1.")
-        | {"0.mean": torch.tensor([0.4, 0.5, 0.6]), "0.std": torch.tensor([0.2, 0.25, 0.3])}
+        | {
+            "0.mean": torch.tensor([0.4914, 0.4822, 0.4465]),
+            "0.std": torch.tensor([0.2023, 0.1994, 0.201]),
+        }
     ),
 }
 """What people hand to ``torch.save``: weights, classes=, image_size= -> content."""

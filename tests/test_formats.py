@@ -227,7 +227,12 @@ def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> N
     assert len(files) == 18
     options = (
         *("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
-        *("data.normalization=half", f"data.test={tmp_path}/test", "attack=badnets", "defense=clp"),
+        *(
+            "data.normalization=pytorch_cifar",
+            f"data.test={tmp_path}/test",
+            "attack=badnets",
+            "defense=clp",
+        ),
         "defense.u=1.0",
     )
     found, weights = {}, {}

@@ -63,7 +63,10 @@ def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
     Raises:
         DataError: the bytes are not a readable image.
     """
-    image = unpack(name, blob, {1: "L", 2: "LA", 3: "RGB"}[channels])
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise DataError(f"{name}: an image file has 1 to 4 channels, the network takes {channels}")
+    image = unpack(name, blob, modes[channels])
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)

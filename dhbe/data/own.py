@@ -18,14 +18,17 @@ NORMALIZATIONS: dict[str, tuple[list[float], list[float]]] = {
     "none": ([0.0], [1.0]),
     "half": ([0.5], [0.5]),
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]),
+    "pytorch_cifar": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.201]),
     "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     "gtsrb": ([0.0], [1.0]),
     "mnist": ([0.1307], [0.3081]),
     "tiny": ([0.4802, 0.4481, 0.3975], [0.2302, 0.2265, 0.2262]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "bytes": ([0.0], [1 / 255]),
 }
 """Mean and deviation of pixels in [0, 1]; one value serves all channels. ``gtsrb`` and ``tiny`` as
-BackdoorBench sets them (its GTSRB networks take pixels as they are)."""
+BackdoorBench sets them (its GTSRB networks take pixels as they are), ``pytorch_cifar`` as
+kuangliu's pytorch-cifar and many after it, ``bytes`` for networks that take 0 to 255."""
 
 
 class OwnImages(Data):
@@ -33,6 +36,7 @@ class OwnImages(Data):
 
     Args:
         normalization: preset, or ``mean`` and ``std`` per channel.
+        order: of the channels that the network takes; ``bgr`` turns the images' red and blue round.
         clean: folder with one sub-folder per class; all of it goes to the defense.
         test: likewise; only the evaluation sees it.
         skip_unreadable: leave out corrupt, animated or huge images instead of stopping.
@@ -45,9 +49,10 @@ class OwnImages(Data):
         *,
         name: str,
         classes: Annotated[int, Ge(2)],
-        channels: Literal[1, 2, 3],
+        channels: Annotated[int, Ge(1)],
         image_size: Annotated[int, Ge(5), Le(2048)],
         normalization: str | dict[str, list[float]],
+        order: Literal["rgb", "bgr"] | None,
         flip: bool,
         crop_padding: Annotated[int, Ge(0)],
         clean: str | None,
@@ -67,7 +72,7 @@ class OwnImages(Data):
             balanced=False,
         )
         self.folders = {"data.clean": clean, "data.test": test}
-        self.skip_unreadable = skip_unreadable
+        self.skip_unreadable, self.order = skip_unreadable, order
         self.skipped: list[str] = []
 
     def load(self) -> Splits | None:
@@ -99,7 +104,8 @@ class OwnImages(Data):
                     raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
                 self.skipped.append(str(file))
                 continue
-            images.append(torch.from_numpy(pixels.copy()))
+            turned = pixels[::-1] if self.order == "bgr" else pixels
+            images.append(torch.from_numpy(turned.copy()))
             labels.append(label)
         if not images:
             raise DataError(f"{key}={folder}: no readable image in it")

@@ -21,6 +21,7 @@ from torch import nn
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.checkpoint.inference import TARGET as CHECKPOINT
 from dhbe.checkpoint.loading import UNWRITTEN
+from dhbe.checkpoint.recognition import OWN
 from dhbe.config import identity
 from dhbe.config import schema as config
 from dhbe.contracts.attack import Attack, NoAttack
@@ -36,6 +37,7 @@ from dhbe.experiment import results
 from dhbe.experiment.results import Clock, ResultFolder
 from dhbe.experiment.tracking import report, tracked
 from dhbe.models import Normalized
+from dhbe.models.interface import channels_last, prepared
 from dhbe.report.console import show
 from dhbe.report.page import write_page
 from dhbe.report.picture import write_overview
@@ -126,7 +128,9 @@ def build_network(tree: dict[str, Any], spec: DataSpec, seed: int) -> Normalized
             channels=spec.channels,
             image_size=spec.image_size,
         )
-    return Normalized(network, spec).to(memory_format=torch.channels_last)
+    if tree["model"]["_target_"] == OWN:
+        prepared(network, spec)
+    return channels_last(Normalized(network, spec))
 
 
 def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, Any]:
@@ -365,7 +369,7 @@ def obtain_victim(
         attack: the config's, or none: then the result is the clean network of the same recipe.
     """
     if isinstance(parts.victim, Given):
-        network = Normalized(parts.victim.network, parts.spec)
+        network = channels_last(Normalized(parts.victim.network, parts.spec))
     else:
         network = build_network(tree, parts.spec, runtime.derive("network"))
     if not isinstance(parts.victim, Schedule):

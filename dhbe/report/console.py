@@ -33,6 +33,9 @@ def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None
     console = Console()
     console.print(table)
     for note in m["notes"]:
-        console.print(f"note: {escape(note)}")
+        warns = note.startswith("WARNING")
+        console.print(
+            escape(note) if warns else f"note: {escape(note)}", style="bold red" if warns else None
+        )
     state = "already there; force=true computes it anew" if reused else "report.html inside"
     console.print(f"result: {escape(str(folder))} ({state})", soft_wrap=True)
