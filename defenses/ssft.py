@@ -55,7 +55,10 @@ class SSFT(Defense):
         self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        places, count = self.places(network), len(blocks(network, method="ssft", least=1))
+        places, count = (
+            self.places(network, weights_only=runtime.weights_only),
+            len(blocks(network, method="ssft", least=1)),
+        )
         if self.selection == "validation":
             tried = places[-self.candidates :]
             results = {i: self.tune(network, i, data, runtime) for i in tried}
@@ -71,7 +74,7 @@ class SSFT(Defense):
             runtime.recorder.notes.append(f"ssft: {repaired.unwritten}; no weight says so")
         return repaired
 
-    def places(self, network: Normalized) -> list[int]:
+    def places(self, network: Normalized, *, weights_only: bool) -> list[int]:
         """Positions of the blocks that may be chosen.
 
         Raises:
@@ -79,7 +82,7 @@ class SSFT(Defense):
         """
         found = blocks(network, method="ssft", least=1)
         allowed = [i for i, b in enumerate(found) if carrier(b) is not None]
-        if not self.weights_only:
+        if not weights_only:
             allowed = [i for i in range(len(found)) if i in allowed or takes_input(network, i)]
         if not allowed:
             raise ConfigError(

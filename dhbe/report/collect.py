@@ -19,6 +19,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dhbe.config.identity import CASE as ATTACKED
+from dhbe.config.identity import LATER, NEUTRAL
+from dhbe.config.identity import METHOD as ERASED
 from dhbe.report.folder import ROLES, read_metrics, speeds
 
 CASE = ["data", "model", "attack", "attack_variant"]
@@ -29,13 +32,6 @@ OPTIONS = ["case_options", "method_options"]
 OPTIONS_FILE = "options.json"
 """Beside ``results.csv``: options by hash."""
 RATES = ("acc", "asr", "ra", "asr_conditional")
-ATTACKED = ("data", "model", "attack", "victim")
-ERASED = ("defense", "budget", "trainer")
-"""Config groups of a case and of a method."""
-NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
-"""Options that change neither, or that the names tell."""
-LATER = {"tf32": False, "compile": "never", "recompute": False}
-"""Options that older runs do not have; with these values they make no difference to them."""
 
 
 def collect(folders: Iterable[Path]) -> pd.DataFrame:
@@ -77,7 +73,8 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection")}
     row |= {k: m[k] for k in ("seed", "poison_rate", "der")}
     row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in RATES}
-    row["floor_asr"] = m.get("floor", {}).get("asr")
+    baseline = m.get("clean_baseline") or m.get("floor") or {}  # older results say floor
+    row["clean_baseline_asr"] = baseline.get("asr")
     row["epochs"] = config.get("victim", {}).get("epochs")
     row["clean_images"] = _clean_images(config)
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
@@ -173,6 +170,7 @@ def merge(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     if old.exists():
         text = dict.fromkeys(("case", "method", "commit"), str)  # some hashes look like numbers
         former = pd.read_csv(old, keep_default_na=True, dtype=text)
+        former = former.rename(columns={"floor_asr": "clean_baseline_asr"})  # of older versions
         file = old.with_name(OPTIONS_FILE)
         options = json.loads(file.read_text()) if file.exists() else {}
         for column in ("case", "method"):

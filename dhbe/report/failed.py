@@ -14,17 +14,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from dhbe.report.collect import (
-    ATTACKED,
-    CASE,
-    ERASED,
-    METHOD,
-    NEUTRAL,
-    OPTIONS,
-    RUN,
-    digest,
-    flatten,
-)
+from dhbe.config.identity import CASE as ATTACKED
+from dhbe.config.identity import METHOD as ERASED
+from dhbe.config.identity import NEUTRAL
+from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
 
 SUFFIX = ".failed.json"
 CAUSE = ["outcome", "error", "message", "overrides"]

@@ -64,6 +64,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for row in table.to_dict("records"):
         shown = examples(row["folder"])
+        baseline = row["clean_baseline_asr"]
         pictures = stealth(shown["clean"], shown["triggered"]) if "triggered" in shown else {}
         found.append(
             {k: row[k] for k in (*KEYS, "case")}
@@ -73,7 +74,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
                 for k in ("acc", "asr", "ra")
                 if _known(row[f"victim_{k}"])
             }
-            | ({"floor": 100 * row["floor_asr"]} if _known(row["floor_asr"]) else {})
+            | ({"floor": 100 * baseline} if _known(baseline) else {})
             | pictures
             | {"seconds": row["seconds_victim"], "commit": row["commit"]}
         )

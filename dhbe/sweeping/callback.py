@@ -29,7 +29,9 @@ from omegaconf import DictConfig
 
 from dhbe.config.resolvers import register_resolvers
 from dhbe.core.errors import LostError, is_config_mistake
-from dhbe.sweeping.workers import _held, pin, take_slot, workers
+from dhbe.core.exit_status import after_loss
+from dhbe.core.machine import cells_at_once
+from dhbe.sweeping.workers import _held, pin, take_slot
 
 PLANS = ".sweeps"
 """Folder inside a results folder: plans, and a note on each job that is being computed."""
@@ -122,7 +124,7 @@ class Sweep(Callback):
 
     Args:
         workers: cells that this machine computes at once, under launchers that leave the choice
-            to us; 0: as ``workers`` says.
+            to us; 0: as ``cells_at_once`` says.
     """
 
     def __init__(self, *, workers: int) -> None:
@@ -157,7 +159,9 @@ class Sweep(Callback):
             write(plan.file, asdict(plan))
             bury(Path(plan.results))
             self.group = plan.file.stem
-        self.workers = workers(self.workers) if self.limit else config.hydra.launcher.get("n_jobs")
+        after_loss.append(lambda: [summarize(plan) for plan in launched])
+        n_jobs = config.hydra.launcher.get("n_jobs")
+        self.workers = cells_at_once(self.workers) if self.limit else n_jobs
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take a share of this machine, once per process: one GPU, or some of the CPU threads.
@@ -185,7 +189,7 @@ class Sweep(Callback):
             try:
                 _ = job_return.return_value
             except Exception as error:
-                write(record, describe(error, config))
+                write(record, failure_record(error, config))
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         with suppress(FileNotFoundError):  # somebody deleted the folder
             while _notes:
@@ -228,7 +232,7 @@ def note(config: DictConfig) -> None:
     lost = LostError(f"process {os.getpid()} died while computing this cell")
     file = tempfile.NamedTemporaryFile("w", dir=place, suffix=".job")  # noqa: SIM115
     fcntl.flock(file, fcntl.LOCK_EX)
-    json.dump(describe(lost, config) | {"cell": folder.name}, file)
+    json.dump(failure_record(lost, config) | {"cell": folder.name}, file)
     file.flush()
     _notes[:] = [file]
 
@@ -249,7 +253,7 @@ def bury(results: Path) -> None:
             file.unlink()
 
 
-def describe(error: Exception, config: DictConfig) -> dict[str, Any]:
+def failure_record(error: Exception, config: DictConfig) -> dict[str, Any]:
     """Content of a failure record."""
     return {
         "overrides": list(config.hydra.overrides.task),

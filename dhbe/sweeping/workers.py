@@ -43,10 +43,3 @@ def pin(slot: int) -> None:
     if count := torch.cuda.device_count():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[slot % count]
-
-
-def workers(given: int) -> int:
-    """``given``; if that is 0, one per GPU, or without any one per core, at most 8."""
-    import torch
-
-    return given or torch.cuda.device_count() or min(8, os.cpu_count() or 1)

@@ -36,6 +36,7 @@ class Runtime:
         recorder: takes curves and pictures; it gives nothing back.
         stopwatch: keeps the seconds of the whole stage, whatever trainings it consists of.
         tally: keeps the work of its trainings; what else a stage computes is not counted.
+        weights_only: whether a defense may change weights alone, because other code will load them.
     """
 
     trainer_config: TrainerConfig
@@ -45,6 +46,7 @@ class Runtime:
     logger: Logger | None = None
     stopwatch: Stopwatch | None = None
     tally: Tally = field(default_factory=Tally)
+    weights_only: bool = False
 
     @property
     def device(self) -> torch.device:
