@@ -27,6 +27,7 @@ class Picture(Attack):
             resized to cover them.
         opacity: a, on top of the picture's own transparency.
         row, column: of the picture's upper left pixel; None: the lower right corner.
+        content: fingerprint of the file, which makes another picture another config.
 
     Raises:
         ConfigError: the picture would leave the image.
@@ -43,9 +44,11 @@ class Picture(Attack):
         opacity: Fraction,
         row: Place,
         column: Place,
+        content: str = "",
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
+        del content
         canvas = self.spec.image_size
         picture = unpack(f"attack.path={path}", image_bytes(Path(path)), "RGBA")
         if max(picture.size) > canvas:

@@ -58,7 +58,10 @@ class SSFT(Defense):
         self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        places, count = self.places(network), len(blocks(network, method="ssft", least=1))
+        places, count = (
+            self.places(network, weights_only=runtime.weights_only),
+            len(blocks(network, method="ssft", least=1)),
+        )
         if self.selection == "validation":
             tried = places[-self.candidates :]
             results = {i: self.tune(network, i, data, runtime) for i in tried}
@@ -74,7 +77,7 @@ class SSFT(Defense):
             runtime.recorder.notes.append(f"ssft: {repaired.unwritten}; no weight says so")
         return repaired
 
-    def places(self, network: Normalized) -> list[int]:
+    def places(self, network: Normalized, *, weights_only: bool) -> list[int]:
         """Positions of the blocks that may be chosen.
 
         Raises:
@@ -82,7 +85,7 @@ class SSFT(Defense):
         """
         found = blocks(network, method="ssft", least=1)
         allowed = [i for i, b in enumerate(found) if scalable_layer(b) is not None]
-        if not self.weights_only:
+        if not weights_only:
             allowed = [i for i in range(len(found)) if i in allowed or gate_is_exact(network, i)]
         if not allowed:
             raise ConfigError(

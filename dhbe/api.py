@@ -15,17 +15,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from torch import nn
 
-from dhbe.checkpoint.inference import chosen, described, doubted, suspected
+from dhbe.checkpoint.inference import chosen, described, doubted
 from dhbe.checkpoint.preprocessing import told
 from dhbe.checkpoint.recognition import sizes
+from dhbe.config import identity
 from dhbe.config import schema as config
+from dhbe.config.resolution import with_trigger
 from dhbe.config.resolvers import register_resolvers
 from dhbe.core.errors import ConfigError, got
 from dhbe.core.paths import CONF
-from dhbe.experiment.pipeline import Given, assemble, compute
-from dhbe.experiment.results import ResultFolder
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.folder import ResultFolder
+from dhbe.experiment.pipeline import compute
 from dhbe.models.interface import prepared, unhooked
 from dhbe.models.own import channels_of, classes_of, side_of
+from dhbe.victim.memory import InMemoryVictim
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +96,13 @@ def purify(
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
         "test": None if test is None else str(test),
+        "content": identity.content(Path(f) for f in (clean, test) if f is not None),
     }
     tree["trigger"] = None if trigger is None else str(trigger)
     network = copied(model).to(device="cpu", dtype=torch.float32).eval()
     notes = fitted(network, tree["data"])
-    tree, choices = suspected(tree, choices)
-    parts = assemble(tree)
-    parts.victim = Given(network=network, assumed=notes)
+    tree, choices = with_trigger(tree, choices)
+    parts = assemble(tree, InMemoryVictim(network, notes))
     with TemporaryDirectory() as scratch:
         folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
         if report is None:

@@ -14,7 +14,7 @@ from dhbe import __version__
 from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain, refuse_early
 from dhbe.core.errors import ConfigError
-from dhbe.core.exits import guarded
+from dhbe.core.exit_status import guarded
 from dhbe.core.paths import CONF
 
 register_resolvers()

@@ -8,7 +8,7 @@ from conftest import CONF, ROOT, names
 from dhbe.config.identity import cell
 from dhbe.config.schema import SUPPLIED, errors_in, plain, schema, validate
 from dhbe.core.errors import BudgetError, ConfigError
-from dhbe.experiment.pipeline import assemble
+from dhbe.experiment.assembly import assemble
 from dhbe.training.schedule import Schedule
 
 GROUPS = ("model", "attack", "defense", "budget", "trainer", "logger")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ from dhbe.core.types import Suspect
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, even, to_float
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.evaluation.metrics import rates
-from dhbe.experiment.pipeline import save_weights
+from dhbe.experiment.contents import save_weights
 from dhbe.methods.adversarial import universal
 from dhbe.methods.losses import total_variation_squared
 from dhbe.methods.masks import attach, batch_norms, clamp, fold, prune
@@ -63,6 +62,7 @@ from dhbe.models.shortcuts import (
     stage_of,
 )
 from dhbe.training.schedule import Schedule
+from dhbe.victim.memory import InMemoryVictim
 from dhbe.victim.train import train
 
 SPEC = make_spec()
@@ -611,14 +611,15 @@ def test_positions_that_do_not_exist_are_refused(compose_config, images, make_ru
         method = ssft(compose_config, selection="fixed", block=block)
         with pytest.raises(ConfigError, match=rf"defense\.block={block}: expected one of 0, 1,"):
             method.repair(network, data, make_runtime())
-    method.weights_only = True
-    assert method.places(network) == [1]
+    assert method.places(network, weights_only=True) == [1]
     method.block = -2
+    runtime = make_runtime()
+    runtime.weights_only = True
     with pytest.raises(ConfigError, match=r"defense\.block=-2: expected one of 1 \(shortcuts"):
-        method.repair(network, data, make_runtime())
+        method.repair(network, data, runtime)
     network = Normalized(nn.Sequential(Stranger(), nn.Flatten(), nn.Linear(768, 4)), SPEC).eval()
     with pytest.raises(ConfigError, match="1 residual blocks has weights that could be suppressed"):
-        ssft(compose_config).places(network)
+        ssft(compose_config).places(network, weights_only=False)
 
 
 def test_what_weights_do_not_say_is_said_and_not_loaded(
@@ -628,8 +629,8 @@ def test_what_weights_do_not_say_is_said_and_not_loaded(
     method = ssft(compose_config, selection="fixed", block=0)
     repaired = method.repair(tiny(SPEC), data, runtime)
     assert "network.stages.0.0 has no shortcut any more" in runtime.recorder.notes[1]
-    tree, parts = {"data": {"name": "x"}, "model": {}}, SimpleNamespace(victim=None)
-    save_weights(tmp_path, tree, parts, repaired)  # type: ignore[arg-type]
+    tree = {"data": {"name": "x"}, "model": {}}
+    save_weights(tmp_path, tree, InMemoryVictim(nn.Identity()), repaired)
     with pytest.raises(ArtefactError, match=r"not the network that was .*stages\.0\.0 has"):
         CheckpointFile(path=str(tmp_path / "purified.safetensors")).load_into(tiny(SPEC))
     folded = ssft(compose_config, selection="fixed", block=1).repair(tiny(SPEC), data, runtime)

@@ -27,8 +27,6 @@ class Defense(ABC):
     selection: Selection = "fixed"
     idle: ClassVar[bool] = False
     """Whether leaving every weight as it is is what the method is for."""
-    weights_only: bool = False
-    """Whether weights are all that may change, because somebody's own code will load them."""
 
     @classmethod
     def check(cls, budget: Budget) -> None:
@@ -66,7 +64,7 @@ class Defense(ABC):
         """
         self.check(data.budget)
         assert isinstance(suspect.network, Normalized)
-        if not finite(suspect.network):
+        if not all_finite(suspect.network):
             raise ArtefactError(
                 f"the suspect network ({suspect.architecture}) holds NaN or infinite weights; "
                 "no defense can start from it"
@@ -74,7 +72,7 @@ class Defense(ABC):
         network = copy.deepcopy(suspect.network).to(runtime.device, runtime.dtype).eval()
         network.requires_grad_(True)  # somebody may have frozen a part
         repaired = self.repair(network, data, runtime).eval()
-        if not finite(repaired):
+        if not all_finite(repaired):
             raise DivergenceError(
                 f"{type(self).__name__} produced NaN or infinite weights; lower its learning rate"
             )
@@ -93,7 +91,7 @@ class Defense(ABC):
         return repaired.requires_grad_(True)
 
 
-def finite(network: torch.nn.Module) -> bool:
+def all_finite(network: torch.nn.Module) -> bool:
     """Whether all weights and buffers are finite."""
     values = (t for t in network.state_dict().values() if t.is_floating_point())
     return all(bool(t.isfinite().all()) for t in values)

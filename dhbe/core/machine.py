@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def workers(given: int) -> int:
+def cells_at_once(given: int) -> int:
     """``given``; if that is 0, one per GPU, or without any one per core, at most 8."""
     import torch
 

@@ -51,6 +51,7 @@ class Runtime:
         work_total: keeps the work of its trainings, with ``trainer.count``; what else a stage
             computes is not counted.
         processes: that share the trainings.
+        weights_only: whether a defense may change weights alone, because other code will load them.
     """
 
     trainer_config: TrainerConfig
@@ -61,11 +62,7 @@ class Runtime:
     stopwatch: Stopwatch | None = None
     work_total: WorkTotal = field(default_factory=WorkTotal)
     processes: Processes = field(default_factory=Processes)
-
-    @property
-    def tally(self) -> WorkTotal:
-        """``work_total``."""
-        return self.work_total
+    weights_only: bool = False
 
     @property
     def device(self) -> torch.device:
