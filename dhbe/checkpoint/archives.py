@@ -54,6 +54,7 @@ class Archive(WeightFile):
             raise Refused(kind or "a zip, but not one of torch.save (no data.pkl)")
         if self.size("data.pkl") > MAX_PICKLE:
             raise Refused(f"a data.pkl of more than {MAX_PICKLE:,} bytes")
+        self._check_sum("data.pkl")
         self.program = any(n.startswith(f"{self.root}/code/") for n in self.infos)
         self.content = self.converted(read_pickle(io.BytesIO(self.read("data.pkl"))))
         if self.program:
@@ -139,11 +140,14 @@ class Archive(WeightFile):
         for name, info in self.infos.items():
             record = name.removeprefix(f"{self.root}/")
             if record.startswith("data") and info.compress_type == zipfile.ZIP_STORED:
-                found, (start, size) = 0, self.where(record)
-                for at in range(0, size, CHUNK):
-                    found = zlib.crc32(self.source.span(start + at, min(CHUNK, size - at)), found)
-                if found != info.CRC:
-                    raise Refused(f"damaged (record '{shown(record)}' has another checksum)")
+                self._check_sum(record)
+
+    def _check_sum(self, record: str) -> None:
+        found, (start, size) = 0, self.where(record)
+        for at in range(0, size, CHUNK):
+            found = zlib.crc32(self.source.span(start + at, min(CHUNK, size - at)), found)
+        if found != self.infos[f"{self.root}/{record}"].CRC:
+            raise Refused(f"damaged (record '{shown(record)}' has another checksum)")
 
 
 def flattened(content: Any) -> dict[str, Place]:
