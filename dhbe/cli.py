@@ -1,95 +1,56 @@
-"""What stands between the command line and the pipeline: resolvers, and errors people can read."""
+"""The command line: ``dhbe [group=choice] [key=value] ...`` and ``dhbe-purify FILE``."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
-from dhbe.core.errors import ConfigError, DHBEError, is_config_mistake, out_of_memory
+from dhbe import __version__
+from dhbe.config.resolvers import register_resolvers
+from dhbe.core.errors import ConfigError
+from dhbe.core.exits import guarded
+from dhbe.core.paths import CONF
 
-FULL_ERROR = "HYDRA_FULL_ERROR"
-LAUNCHERS = ("joblib", "submitit", "ray")
-"""Packages whose exceptions tell of a worker that was killed."""
-WISH = "DHBE_FULL_ERROR"
-"""What the user set ``FULL_ERROR`` to, for processes that a run starts."""
-
-
-def guarded(main: Callable[[], Any]) -> None:
-    """Call ``main``; end with one clear message and an exit status instead of a traceback.
-
-    0: the result folder is complete. 2: the config is wrong. 1: anything else. 130 and 143:
-    stopped by SIGINT or SIGTERM; the same command goes on from the last finished epoch.
-    ``HYDRA_FULL_ERROR=1`` shows the traceback.
-    """
-    wish = os.environ.setdefault(WISH, os.environ.get(FULL_ERROR, "0"))
-    wants_traceback = wish == "1"
-    os.environ[FULL_ERROR] = "1"  # Hydra hands exceptions on instead of printing them itself
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        sys.exit(130)
-    except (DHBEError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        wrapped = isinstance(error, HydraException) and isinstance(error.__cause__, DHBEError)
-        cause = error.__cause__ if wrapped else error
-        _complain(str(cause))
-        sys.exit(2 if is_config_mistake(error) else 1)
-    except Exception as error:
-        if _is_launchers(error):  # then Hydra does not come to the end of the sweep
-            _list_failures()
-        if wants_traceback or not (advice := _advice(error)):
-            raise
-        _complain(advice)
-        sys.exit(1)
+register_resolvers()
 
 
-STOPPED = "stopped; what was finished is kept, and the same command continues from there"
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def compose(cfg: DictConfig) -> None:
+    """Run one composed config."""
+    from dhbe.experiment.pipeline import run  # after Hydra has refused unknown options
+
+    hydra_config = HydraConfig.get()
+    run(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    print(STOPPED, file=sys.stderr)
-    sys.exit(128 + number)
+def main() -> None:
+    """Console entry point ``dhbe``: exit status 2 for a config mistake, 1 for other failures."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"dhbe {__version__}")
+        return
+    guarded(compose, worker_lost=_list_failures)
 
 
-def _is_launchers(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in LAUNCHERS
+def purify() -> None:
+    """Console entry point ``dhbe-purify FILE [key=value ...]``: ``task=purify checkpoint=FILE``."""
+
+    def purified() -> None:
+        sys.argv[1:] = purify_arguments(sys.argv[1:])
+        compose()
+
+    guarded(purified)
 
 
 def _list_failures() -> None:
-    from dhbe.sweeping.callback import launched, summarize
+    from dhbe.sweeping.plan import launched, summarize
 
     for plan in launched:
         summarize(plan)
-
-
-def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
-
-
-def _advice(error: Exception) -> str:
-    """What to do about a failure of the machine; empty for errors of the program."""
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if out_of_memory(error):
-        return f"out of memory ({said}); lower defense.batch_size or victim.batch_size"
-    if isinstance(error, OSError):  # Hydra makes the output folder before the pipeline starts
-        return f"{said}; free space, or choose a writable hydra.run.dir"
-    if _is_launchers(error):
-        remedy = "the same command goes on with the cells that are not finished"
-        return f"a worker was lost: {said}; {remedy}"
-    if "PytorchStreamWriter" in said or type(error).__name__ == "SafetensorError":
-        return f"a file could not be written ({said}); is the disk full?"
-    return ""
 
 
 def purify_arguments(given: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Who may import whom, and that importing does no work."""
+"""Who may import whom, how large things are, and that importing does no work."""
 
 from __future__ import annotations
 
@@ -10,64 +10,65 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FILES = sorted(
-    f for d in ("dhbe", "attacks", "defenses", "sweeps") for f in (ROOT / d).rglob("*.py")
-)
-FORBIDDEN = {
-    "dhbe": ("attacks", "defenses", "run", "sweeps"),
-    "attacks": (
-        "defenses",
-        "run",
-        "dhbe.experiment",
-        "dhbe.evaluation",
-        "dhbe.contracts.defense",
-    ),
-    "defenses": (
-        "attacks",
-        "run",
-        "dhbe.contracts.attack",
-        "dhbe.victim",
-        "dhbe.evaluation",
-        "dhbe.experiment",
-    ),
-    "dhbe/game": (
-        "dhbe.data",
-        "dhbe.contracts",
-        "dhbe.victim",
-        "dhbe.evaluation",
-        "dhbe.experiment",
-    ),
-    "dhbe/report": (
-        "torch",
-        "dhbe.experiment",
-        "dhbe.evaluation",
-        "dhbe.contracts",
-        "dhbe.data",
-    ),
-    "dhbe/contracts/defense.py": ("dhbe.contracts.attack", "dhbe.victim", "dhbe.evaluation"),
-}
+sys.path.append(str(ROOT / "docs"))
+import house
+
+FILES = [file for _, file in house.sources()]
+DEFENSES_MAY_NOT_KNOW = ("dhbe.contracts.attack", "dhbe.victim", "dhbe.evaluation")
+MOST_LINES = {"dhbe": 350, "attacks": 150, "defenses": 150}
+MOST_PAIRS = 100
+LOOSE = {"__init__.py", "api.py", "cli.py"}
 
 
-def imported(file: Path) -> set[str]:
-    tree = ast.parse(file.read_text())
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+def level(room: str) -> int:
+    return next(i for i, rooms in enumerate(house.floors()) if room in rooms)
+
+
+def test_every_room_is_on_a_floor() -> None:
+    drawn = {room for rooms in house.floors() for room in rooms} | set(house.OUTSIDE)
+    assert {room for room, _ in house.sources()} - {"__init__"} == drawn
+
+
+def test_imports_go_one_way() -> None:
+    pairs = house.arrows()
+    upward = {
+        f"{a} imports {b}: {', '.join(str(f.relative_to(ROOT)) for f in files)}"
+        for (a, b), files in pairs.items()
+        if a not in house.OUTSIDE and b not in house.OUTSIDE and level(a) < level(b)
+    }
+    assert not upward
+    assert not [(a, b) for a, b in pairs if (b, a) in pairs]
+    assert not [a for a, b in pairs if {a, b} == set(house.ZOOS)]
+    assert len(pairs) <= MOST_PAIRS
+
+
+def test_the_report_imports_no_other_room() -> None:
+    assert not [b for a, b in house.arrows() if a == "report"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_of_each_file(file: Path) -> None:
+    """Absolute imports, no name of a zoo inside the package, a size one can read."""
+    top = file.relative_to(ROOT).parts[0]
+    text = file.read_text()
+    assert len(text.splitlines()) <= MOST_LINES[top]
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            found |= {f"{node.module}.{a.name}" for a in node.names}
-    return found
+            assert node.level == 0, "relative import"
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 50, node.name
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and top == "dhbe":
+            assert not node.value.startswith(("attacks.", "defenses.")), node.value
+    names = set(house.imported(file))
+    if top == "dhbe":
+        assert not [n for n in names if n.split(".")[0] in (*house.ZOOS, "sweeps", "run")]
+    if top == "defenses" or file == ROOT / "dhbe" / "contracts" / "defense.py":
+        assert not [n for n in names if n.startswith(DEFENSES_MAY_NOT_KNOW)]
 
 
-@pytest.mark.parametrize("place", FORBIDDEN)
-def test_imports_go_one_way(place: str) -> None:
-    inside = [f for f in FILES if f.relative_to(ROOT).as_posix().startswith(place)]
-    assert inside
-    for file in inside:
-        for name in imported(file):
-            for forbidden in FORBIDDEN[place]:
-                assert not (name + ".").startswith(forbidden + "."), f"{file} imports {name}"
+def test_no_module_stands_loose() -> None:
+    assert {f.name for f in (ROOT / "dhbe").glob("*.py")} == LOOSE
 
 
 def test_import_does_no_work(tmp_path: Path) -> None:

@@ -23,8 +23,11 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from dhbe.core.errors import ConfigError
-from dhbe.sweeping.callback import PLANS, Plan, Sweep, bury, failure_file, take_slot, write
+from dhbe.sweeping.callback import Sweep
+from dhbe.sweeping.failures import PLANS, failure_file, record_lost_jobs, write_json
+from dhbe.sweeping.plan import Plan
 from dhbe.sweeping.status import Names, left, newest, state, view
+from dhbe.sweeping.workers import take_slot
 
 TINY = (
     *("data.limit=200", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=1"),
@@ -170,7 +173,7 @@ def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path, mode: RunMode) -> 
 def test_a_finished_cell_has_not_failed(tmp_path: Path) -> None:
     known = {"name": "s", "started": 0.0, "results": str(tmp_path), "data": "data"}
     plan = Plan(cells=[["seed=0"]], **known)
-    write(failure_file(tmp_path / "abc"), {"overrides": ["seed=0"], "time": 1.0})
+    write_json(failure_file(tmp_path / "abc"), {"overrides": ["seed=0"], "time": 1.0})
     assert len(plan.failures()) == 1
     (tmp_path / "abc").mkdir()
     (tmp_path / "abc" / "metrics.json").write_text("{}")
@@ -181,19 +184,21 @@ def test_a_note_outlives_a_killed_process_alone(tmp_path: Path) -> None:
     callback = Sweep(workers=0)
     callback.on_job_start(job(tmp_path / "abc"))
     (note,) = (tmp_path / PLANS).glob("*.job")
-    bury(tmp_path)
+    record_lost_jobs(tmp_path)
     assert not failure_file(tmp_path / "abc").exists(), "we live"
     text = note.read_text()
     callback.on_job_end(job(tmp_path / "abc"), JobReturn(status=JobStatus.COMPLETED))
     assert not note.exists()
     note.write_text(text)  # as if we had been killed
-    bury(tmp_path)
+    record_lost_jobs(tmp_path)
     record = json.loads(failure_file(tmp_path / "abc").read_text())
     assert record["message"] == f"process {os.getpid()} died while computing this cell"
     assert not note.exists()
     note.write_text(text)
-    write(failure_file(tmp_path / "abc"), record | {"time": record["time"] + 1, "message": "new"})
-    bury(tmp_path)
+    write_json(
+        failure_file(tmp_path / "abc"), record | {"time": record["time"] + 1, "message": "new"}
+    )
+    record_lost_jobs(tmp_path)
     assert json.loads(failure_file(tmp_path / "abc").read_text())["message"] == "new"
 
 
@@ -265,7 +270,7 @@ def test_slots_are_held_by_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("dhbe.sweeping.workers._held", held := [])
     assert [take_slot(), take_slot()] == [0, 1]
-    code = "from dhbe.sweeping.callback import take_slot; print(take_slot())"
+    code = "from dhbe.sweeping.workers import take_slot; print(take_slot())"
     other = [sys.executable, "-c", code]
     free = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, check=True)
     assert free.stdout == "2\n"

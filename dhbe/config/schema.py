@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from dhbe.core.errors import ConfigError, DHBEError, got, out_of_memory
+from dhbe.core.paths import PACKAGE
 
 TARGET = "_target_"
 GROUPS = ("data", "model", "attack", "budget", "defense", "victim", "trainer")
@@ -34,6 +35,16 @@ class Parameter:
 
     annotation: Any
     required: bool
+
+
+def locate(name: str) -> Any:
+    """The class or function with this dotted name; once installed, zoos lie inside the package."""
+    try:
+        return get_object(name)
+    except HydraException:
+        if name.split(".")[0] == PACKAGE.name or not (PACKAGE / name.split(".")[0]).is_dir():
+            raise
+        return get_object(f"{PACKAGE.name}.{name}")
 
 
 def schema(component: Any) -> dict[str, Parameter]:
@@ -67,7 +78,7 @@ def errors_in(node: Any, path: str, supplied: frozenset[str] = frozenset()) -> l
     if TARGET not in node:
         return found
     try:
-        parameters = schema(get_object(node[TARGET]))
+        parameters = schema(locate(node[TARGET]))
     except (HydraException, ImportError, AttributeError, ValueError) as error:
         return [*found, f"{path}.{TARGET}={node[TARGET]}: cannot be imported ({error})"]
     given = {k: v for k, v in node.items() if not (k.startswith("_") and k.endswith("_"))}
@@ -153,7 +164,7 @@ def build(node: dict[str, Any], **supplied: Any) -> Any:
     """
     given = {k: _built(v) for k, v in node.items() if k != TARGET}
     try:
-        return get_object(node[TARGET])(**given, **supplied)
+        return locate(node[TARGET])(**given, **supplied)
     except (DHBEError, OSError):
         raise
     except Exception as error:

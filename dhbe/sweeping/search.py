@@ -35,11 +35,11 @@ from hydra.core.override_parser.types import (
 )
 
 from dhbe.checkpoint import CheckpointFile
-from dhbe.cli import guarded
 from dhbe.config import identity
 from dhbe.config import schema as config
 from dhbe.config.resolvers import register_resolvers
 from dhbe.core.errors import ConfigError, DHBEError, DivergenceError, got
+from dhbe.core.exits import guarded
 from dhbe.core.paths import CONF
 from dhbe.data.access import not_granted
 from dhbe.evaluation.evaluator import Evaluator

@@ -26,12 +26,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import open_dict, read_write
 
-from dhbe.cli import guarded
 from dhbe.config.identity import cell
 from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain
+from dhbe.core.exits import guarded
 from dhbe.core.paths import CONF
-from dhbe.sweeping.callback import Plan, Sweep, bury, summarize, write
+from dhbe.sweeping.callback import Sweep
+from dhbe.sweeping.failures import record_lost_jobs, write_json
+from dhbe.sweeping.plan import Plan, summarize
 from dhbe.sweeping.status import Names, state
 
 REMAINS = 3
@@ -56,7 +58,7 @@ def planned(name: str, overrides: list[str], *, retry: bool) -> Plan:
     if plan.file.exists() and not retry:
         plan = replace(plan, started=Plan.read(plan.file).started)
     plan.file.parent.mkdir(parents=True, exist_ok=True)
-    write(plan.file, asdict(plan))
+    write_json(plan.file, asdict(plan))
     return plan
 
 
@@ -117,7 +119,7 @@ def main() -> None:
     register_resolvers()
     plan = planned(options.name, options.overrides, retry=options.retry)
     names = Names(plan)
-    bury(Path(plan.results))
+    record_lost_jobs(Path(plan.results))
     if options.minutes:
         end_after(60 * options.minutes - (time.monotonic() - begun))
         with suppress(SystemExit):

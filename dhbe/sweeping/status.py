@@ -28,7 +28,8 @@ from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain
 from dhbe.core.locks import held
 from dhbe.core.paths import CONF
-from dhbe.sweeping.callback import PLANS, Plan, complete, failure_file, write
+from dhbe.sweeping.failures import PLANS, complete, failure_file, write_json
+from dhbe.sweeping.plan import Plan
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
 """``begun``: a process died there; whoever comes next continues it."""
@@ -75,7 +76,7 @@ class Names:
                 if time.monotonic() > end:
                     break
         if rest:
-            write(self.cache, {"started": self.plan.started, "names": self.found})
+            write_json(self.cache, {"started": self.plan.started, "names": self.found})
         return self.found
 
 

@@ -50,3 +50,8 @@ def workers(given: int) -> int:
     import torch
 
     return given or torch.cuda.device_count() or min(8, os.cpu_count() or 1)
+
+
+def holds_slot() -> bool:
+    """Whether this process has taken its slot already."""
+    return bool(_held)

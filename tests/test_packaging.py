@@ -1,0 +1,73 @@
+"""The wheel: one package, which works from any folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import dhbe
+
+COPIED = ("attacks", "conf", "defenses", "dhbe", "sweeps")
+FILES = ("LICENSE", "README.md", "pyproject.toml", "run.py", "setup.py")
+
+
+def python(*arguments: str, folder: Path, path: Path) -> str:
+    """Output of an interpreter that finds the project in ``path``, not in the checkout."""
+    env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder into which a wheel built from a copy of the checkout was unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in COPIED:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
+    python("-c", build, folder=source, path=folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_only_dhbe_is_installed(installed: Path) -> None:
+    places = {p.name for p in installed.iterdir()}
+    assert places == {"dhbe", f"dhbe-{dhbe.__version__}.dist-info"}
+    assert (installed / "dhbe" / "py.typed").exists()
+    sweeps = [p for p in installed.rglob("poison_rate.yaml")]
+    assert sweeps == [installed / "dhbe" / "conf" / "sweep" / "poison_rate.yaml"]
+
+
+def test_commands_work_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    code = "import sys; from dhbe.cli import main; sys.argv[0] = 'dhbe'; main()"
+    assert dhbe.__version__ in python("-c", code, "--version", folder=tmp_path, path=installed)
+    tiny = ("data.limit=200", "data.train_size=7600", "victim.epochs=1", "defense=clp")
+    python("-c", code, *tiny, "hydra.run.dir=out/cell", folder=tmp_path, path=installed)
+    cell = tmp_path / "out" / "cell"
+    assert (cell / "report.html").exists()
+    python("-m", "dhbe.report", "out", "--out", "page", folder=tmp_path, path=installed)
+    assert list((tmp_path / "page").glob("*.html"))
+    purify = code.replace("main", "purify")
+    given = (str(cell / "purified.safetensors"), "defense=clp", "probe.images=4", "probe.steps=1")
+    python("-c", purify, *given, "hydra.run.dir=pure", folder=tmp_path, path=installed)
+    assert (tmp_path / "pure" / "purified.safetensors").exists()
