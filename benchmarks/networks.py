@@ -10,12 +10,12 @@ from torch.nn import functional as F
 class Padded(nn.Module):
     """Option A of He et al., as akamaster writes it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, more: int) -> None:
         super().__init__()
-        self.width = width
+        self.left, self.right = more // 2, more - more // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.width // 4, self.width // 4))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.left, self.right))
 
 
 class Block(nn.Module):
@@ -31,7 +31,7 @@ class Block(nn.Module):
         if stride != 1 or width_in != width:
             conv = nn.Conv2d(width_in, width, 1, stride, bias=False)
             norm = nn.BatchNorm2d(width)
-            self.shortcut = nn.Sequential(conv, norm) if convolved else Padded(width)
+            self.shortcut = nn.Sequential(conv, norm) if convolved else Padded(width - width_in)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))

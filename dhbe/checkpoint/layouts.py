@@ -210,6 +210,8 @@ def candidates(
                 wrong = differences(built(proposed, **sizes), given)
             except Exception as error:  # a library's own refusal of these sizes
                 wrong = [f"{label}: {error}"[:200]] * len(given)
+            if not wrong and hint and label.endswith(f"model.name={hint}"):
+                return [Candidate(label=label, node=proposed, keys=keys)], None
             if not wrong and all(proposed != c.node for c in found):
                 found.append(Candidate(label=label, node=proposed, keys=keys))
             elif wrong and (nearest is None or len(wrong) < len(nearest.wrong)):
