@@ -74,7 +74,8 @@ class Archive(WeightFile):
             raise Refused(named_archive(names) or "a zip, but not one of torch.save (no folder)")
         for info in infos:
             name, parts = info.filename, PurePosixPath(info.filename).parts
-            if len(parts) < 2 or ".." in parts or parts[0] == "/" or re.search(r"[\\:\0]", name):
+            inner = name.partition("/")[2]  # before it stands the file's name, whatever it was
+            if len(parts) < 2 or {"..", "/"} & set(parts) or re.search(r"[\\:\0]", inner):
                 raise Refused(f"record '{shown(name)}': a name that leaves its folder")
             if stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
                 raise Refused(f"record '{shown(name)}': a symbolic link, or encrypted")

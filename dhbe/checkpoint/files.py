@@ -152,7 +152,7 @@ def open_weights(path: Path) -> WeightFile:
         raise Refused("no such file" if not path.exists() else "not a file")
     source = Source(path)
     head = bytes(source.span(0, min(512, source.size)))
-    kind = named(head, path.suffix)
+    kind = named(head)
     if kind and not (head[8:9] == b"{" and source.size >= 10):
         raise Refused(kind)
     if not 8 <= source.size <= MAX_BYTES:
