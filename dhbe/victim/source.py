@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,7 +57,7 @@ class VictimSource(ABC):
     """Whether victims are trained here, so that there is a clean network of the same recipe."""
     weights_only: ClassVar[bool] = True
     """Whether weights are all that a defense may change, because other code will load them."""
-    assumed: Sequence[str] = ()
+    assumed: list[str] = []  # noqa: RUF012 - replaced, never changed
     """What was not said of the network and was assumed, in words."""
 
     def check(self, attack: Attack) -> None:
