@@ -426,8 +426,8 @@ for name in json.loads(sys.stdin.read()):
         weights = {key: checkpoint.read(key) for key in checkpoint.places}
         written = str(checkpoint.write(out, weights))
         said = None
-        completed({"victim": {"_target_": "dhbe.victim.checkpoint.CheckpointVictim", "path": name}, "model": {"_target_": INFER},
-                   "data": OPEN}, {})
+        victim = {"_target_": "dhbe.victim.checkpoint.CheckpointVictim", "path": name}
+        completed({"victim": victim, "model": {"_target_": INFER}, "data": OPEN}, {})
     except DHBEError as error:
         said = str(error)
     except BaseException:

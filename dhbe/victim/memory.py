@@ -21,7 +21,7 @@ class InMemoryVictim(VictimSource):
     """
 
     def __init__(self, network: nn.Module, assumed: Sequence[str] = ()) -> None:
-        self.network, self.assumed = network, assumed
+        self.network, self.assumed = network, list(assumed)
 
     def obtain(self, request: VictimRequest) -> Victim:
         """The network, with the config's normalisation before it."""
