@@ -73,7 +73,11 @@ def _kin(table: pd.DataFrame, column: str, names: list[str]) -> Kin:
 def _row(record: dict[str, Any], kin: dict[str, Kin]) -> dict[str, Any]:
     chosen = record["choices"]
     row: dict[str, Any] = {g: chosen.get(g) or "custom" for g in (*CASE[:3], *METHOD[:2])}
-    row |= {"scale": chosen["scale"]} if "scale" in chosen else former.names(row["attack"], row["defense"])
+    row |= (
+        {"scale": chosen["scale"]}
+        if "scale" in chosen
+        else former.names(row["attack"], row["defense"])
+    )
     idle = {"attack"} if row["attack"] == "none" else set()  # its options have no effect
     for column, names, groups in (("case", CASE[:3], ATTACKED), ("method", METHOD[:2], ERASED)):
         said = _said(record["overrides"], set(groups) - idle)

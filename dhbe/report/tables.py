@@ -224,7 +224,11 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
             band = "no band" if 20 <= figure["asr"] <= 80 else "inside" if close else "outside"
             rows.append(
                 named
-                | {"measured on": key[-1], "scale": scales(group), "n": int(group["purified_asr"].count())}
+                | {
+                    "measured on": key[-1],
+                    "scale": scales(group),
+                    "n": int(group["purified_asr"].count()),
+                }
                 | {r.upper(): interval(100 * group[f"purified_{r}"]) for r in ("acc", "asr")}
                 | {"published on": figure["model"]}
                 | {f"published {r.upper()}": figure[r] for r in ("acc", "asr")}
