@@ -207,6 +207,7 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
     The network may be another: both are named. ``band`` says whether ACC is within 1.5 points and
     ASR within 5 points, or within twice the published ASR where that is below 10 %; there is no
     band for a published ASR between 20 and 80 %, which differs from seed to seed.
+
     Args:
         published: columns source, data, model, attack, poison_rate, defense, acc, asr (percent).
     """
