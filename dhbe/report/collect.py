@@ -126,7 +126,7 @@ def flatten(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, str]:
-    """For each hash in ``column``: the scale or the options that tell it from others of the same names.
+    """For each hash in ``column``: the scale or options that tell it from others of its names.
 
     Where its options are not known, the former text; where texts are the same, also the hash.
     """
