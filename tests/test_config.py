@@ -76,7 +76,6 @@ def test_the_published_constants() -> None:
         ("attack.pattern=star", "Input should be 'square', 'grid', 'tri1' or 'tri2'"),
         ("+attack.ratio=0.1", r"attack.ratio=0.1: unknown; allowed are \[.*'poison_rate'"),
         ("~attack.margin", "attack.margin: missing"),
-        ("attack=null", "attack=None: expected one of the configs in conf/attack"),
         ("data.std=[0.2]", r"data.std=\[0.2\]: expected one value per channel"),
         ("seed=-1", "seed=-1: expected an integer, 0 or more"),
         ("seed=zero", "seed=zero: expected an integer"),

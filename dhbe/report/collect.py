@@ -203,7 +203,7 @@ def renamed(table: pd.DataFrame) -> pd.DataFrame:
     for column, names in (("case", CASE), ("method", METHOD)):
         given = [n for n in names if not n.endswith("_variant")]
         flats = [former.options(o) for o in table[f"{column}_options"]]
-        table[f"{column}_options"] = flats
+        table[f"{column}_options"] = pd.Series(flats, index=table.index, dtype=object)
         table[column] = [
             digest(row, flat) if flat else name
             for name, flat, row in zip(
