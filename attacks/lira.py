@@ -76,8 +76,7 @@ class LIRA(Attack):
         moved: Tensor = x + self.epsilon * generator(2 * x - 1).tanh()
         return moved.clamp(0, 1)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return self.shifted(self.generator, x)
 
     @torch.no_grad()

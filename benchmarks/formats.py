@@ -32,7 +32,7 @@ from dhbe.api import composed
 from dhbe.checkpoint import CheckpointFile
 from dhbe.config.schema import build
 from dhbe.data import Data
-from dhbe.experiment.pipeline import build_network
+from dhbe.victim.source import build_network
 
 Weights = dict[str, Tensor]
 RUN = Path(__file__).parent.parent / "run.py"
@@ -151,7 +151,10 @@ WRAPPINGS: dict[str, Callable[..., Any]] = {
     "views of one storage": lambda w, **_: one_storage(w),
     "normalisation in front": lambda w, **_: (
         prefixed(w, "1.")
-        | {"0.mean": torch.tensor([0.4, 0.5, 0.6]), "0.std": torch.tensor([0.2, 0.25, 0.3])}
+        | {
+            "0.mean": torch.tensor([0.4914, 0.4822, 0.4465]),
+            "0.std": torch.tensor([0.2023, 0.1994, 0.201]),
+        }
     ),
 }
 """What people hand to ``torch.save``: weights, classes=, image_size= -> content."""

@@ -32,11 +32,11 @@ from PIL import Image
 
 from dhbe.api import composed
 from dhbe.checkpoint import Checkpoint, completed
-from dhbe.checkpoint.inference import INFER, TARGET
+from dhbe.checkpoint.recognition import INFER
 from dhbe.core.errors import DHBEError
 from dhbe.data.images import decode
 from dhbe.data.sources import Parquet
-from dhbe.experiment.pipeline import assemble
+from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import SmallResNet
 
 OPEN = {"normalization": None, "classes": None, "channels": 3, "image_size": None, "clean": None}
@@ -124,7 +124,7 @@ def read_checkpoint(folder: Path, raw: bytes) -> None:
     checkpoint = Checkpoint(file)
     for key in checkpoint.places:
         checkpoint.read(key)
-    victim = {"_target_": TARGET, "path": str(file)}
+    victim = {"_target_": "dhbe.victim.checkpoint.CheckpointVictim", "path": str(file)}
     completed({"victim": victim, "model": {"_target_": INFER}, "data": OPEN}, {})
 
 

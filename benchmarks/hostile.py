@@ -398,7 +398,7 @@ PROBE = """
 import json, resource, sys, time
 from pathlib import Path
 from dhbe.checkpoint import Checkpoint, completed
-from dhbe.checkpoint.inference import INFER, TARGET
+from dhbe.checkpoint.recognition import INFER
 from dhbe.errors import DHBEError
 
 OPEN = dict(classes=10, channels=3, image_size=32, normalization=None, clean=None, test=None)
@@ -416,7 +416,7 @@ for name in json.loads(sys.argv[1]):
         checkpoint = Checkpoint(Path(name))
         for key in checkpoint.places:
             checkpoint.read(key)
-        completed({"victim": {"_target_": TARGET, "path": name}, "model": {"_target_": INFER},
+        completed({"victim": {"path": name}, "model": {"_target_": INFER},
                    "data": OPEN}, {})
         said = None
     except DHBEError as error:

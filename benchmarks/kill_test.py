@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from benchmarks.clusters import ROOT, numbers
-from dhbe.experiment.results import commit
+from dhbe.core.provenance import commit
 
 CELLS = [
     *("trainer.threads=1", "trainer.observe_every=1", "victim.epochs=4", "attack=badnets,blend"),

@@ -17,8 +17,8 @@ from hydra.utils import instantiate
 
 from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain
+from dhbe.core.provenance import commit
 from dhbe.core.types import DataSpec
-from dhbe.experiment.results import commit
 from dhbe.models.resnet import resnet
 
 CONF = Path(__file__).parent.parent / "conf"

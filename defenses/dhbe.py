@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import pytorch_lightning as pl
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from dhbe.core.errors import got
 from dhbe.core.rng import fork
 from dhbe.core.types import DataSpec
 from dhbe.data import DefenderData
+from dhbe.data.natural import natural_inputs
 from dhbe.data.splits import SIZES
 from dhbe.game import (
     Distillation,
@@ -21,10 +21,10 @@ from dhbe.game import (
     LearningRates,
     LossWeights,
     SeededNoise,
-    SharedNoise,
     TriggerNetwork,
 )
 from dhbe.models import Normalized
+from dhbe.models.interface import channels_last
 from dhbe.training.runtime import Runtime
 
 PICTURES = 16
@@ -98,6 +98,7 @@ class DHBE(Defense):
                 width=self.width,
                 channels=channels,
                 image_size=network.spec.image_size,
+                statistics=natural_inputs(network.spec),
             )
             trigger_network = None
             if self.patch_size:
@@ -112,16 +113,15 @@ class DHBE(Defense):
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
-            noise=SharedNoise(
-                SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype)
-            ),
+            noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
+            processes=runtime.processes,
             weights=self.weights,
             rates=self.rates,
             batch_size=self.batch_size,
             student_moves=self.student_moves,
             epochs=self.epochs,
         )
-        return game.to(runtime.device, runtime.dtype).to(memory_format=torch.channels_last)
+        return channels_last(game.to(runtime.device, runtime.dtype))
 
 
 class Gallery(pl.Callback):

@@ -11,6 +11,8 @@ from dhbe.training.runtime import Runtime
 class NoDefense(Defense):
     """Returns the suspect's network unchanged."""
 
+    idle = True
+
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         del data, runtime
         return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,36 +15,51 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from torch import nn
 
-from dhbe.checkpoint.inference import suspected
+from dhbe.checkpoint.inference import chosen, described, doubted
+from dhbe.checkpoint.preprocessing import told
+from dhbe.checkpoint.recognition import sizes
+from dhbe.config import identity
 from dhbe.config import schema as config
+from dhbe.config.resolution import with_trigger
 from dhbe.config.resolvers import register_resolvers
-from dhbe.core.errors import got
+from dhbe.core.errors import ConfigError, got
 from dhbe.core.paths import CONF
-from dhbe.experiment.pipeline import Given, assemble, compute
-from dhbe.experiment.results import ResultFolder
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.folder import ResultFolder
+from dhbe.experiment.pipeline import compute
+from dhbe.models.interface import prepared, unhooked
+from dhbe.models.own import channels_of, classes_of, side_of
+from dhbe.victim.memory import InMemoryVictim
+
+log = logging.getLogger(__name__)
 
 
 def purify(
     model: nn.Module,
     *,
-    image_size: int,
-    classes: int,
-    channels: int = 3,
-    normalization: str | Mapping[str, Sequence[float]] = "none",
+    image_size: int | None = None,
+    classes: int | None = None,
+    channels: int | None = None,
+    normalization: str | Mapping[str, Sequence[float]] | None = None,
     defense: str = "dhbe",
     scale: str = "quick",
     clean: str | Path | None = None,
     test: str | Path | None = None,
     trigger: str | Path | None = None,
     report: str | Path | None = None,
+    progress: bool | None = None,
     overrides: Sequence[str] = (),
 ) -> nn.Module:
     """A purified copy of a classifier, in eval mode, on the CPU; ``model`` stays as it is.
 
     Args:
-        model: normalised images (B, channels, image_size, image_size) -> logits (B, classes).
+        model: any module from normalised images (B, channels, image_size, image_size) to logits
+            (B, classes), or to their softmax.
+        image_size, classes, channels: found by trying, where None; a network that takes images of
+            any size does not tell theirs.
         normalization: what stands before the model: ``none`` for pixels in [0, 1], a preset such
-            as ``cifar10`` or ``imagenet``, or ``{"mean": [...], "std": [...]}`` per channel.
+            as ``cifar10`` or ``imagenet``, or ``{"mean": [...], "std": [...]}`` per channel. None
+            asks the model, and is ``none``, with a warning, where it does not tell.
         defense: a config of ``conf/defense``.
         scale: ``quick`` or ``cpu`` fit it to a CPU; ``paper`` is the published setting, for GPUs.
         clean: folder ``<clean>/<class>/<image>`` for defenses that need images.
@@ -51,11 +67,13 @@ def purify(
         trigger: picture of a suspected trigger, tried on ``test``, for the report.
         report: folder for ``report.html``, ``metrics.json`` and the evidence, as from
             ``dhbe-purify``; it must be new or empty.
+        progress: draw progress bars; None draws them on a terminal.
         overrides: further choices as on the command line, such as ``defense.epochs=20`` or
             ``attack.target_class=3``.
 
     Raises:
-        ConfigError: an unknown choice, or a defense that these data or this model do not fit.
+        ConfigError: an unknown choice, a defense that these data or this model do not fit, or a
+            model that takes or gives something else.
         ArtefactError: the model holds NaN or infinite weights.
         DataError: images that cannot be read.
         DivergenceError: the purified model would hold NaN or infinite weights.
@@ -63,10 +81,12 @@ def purify(
     choices = {"data": "own", "attack": "none", "model": type(model).__name__, "defense": defense}
     choices["scale"] = scale
     choices["budget"] = "own" if clean else "none"
+    bars = [] if progress is None else [f"trainer.progress={'always' if progress else 'never'}"]
     tree = composed(
         [
             *("task=purify", "checkpoint=given", "model=resnet_tiny"),
-            *(f"defense={defense}", f"scale={scale}", f"budget={choices['budget']}", *overrides),
+            *(f"defense={defense}", f"scale={scale}", f"budget={choices['budget']}", *bars),
+            *overrides,
         ]
     )
     tree["data"] |= {
@@ -76,11 +96,13 @@ def purify(
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
         "test": None if test is None else str(test),
+        "content": identity.content(Path(f) for f in (clean, test) if f is not None),
     }
     tree["trigger"] = None if trigger is None else str(trigger)
-    tree, choices = suspected(tree, choices)
-    parts = assemble(tree)
-    parts.victim = Given(network=copy.deepcopy(model).cpu().eval())
+    network = copied(model).to(device="cpu", dtype=torch.float32).eval()
+    notes = fitted(network, tree["data"])
+    tree, choices = with_trigger(tree, choices)
+    parts = assemble(tree, InMemoryVictim(network, notes))
     with TemporaryDirectory() as scratch:
         folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
         if report is None:
@@ -89,8 +111,50 @@ def purify(
             raise got("report", report, "a new or empty folder")
         with folder.claimed():
             _, purified = compute(tree, parts, folder, choices, None)
-    inner: nn.Module = purified.network
+    inner: nn.Module = unhooked(purified.network)
     return inner.to(device="cpu", dtype=torch.float32).eval()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of its own.
+
+    Raises:
+        ConfigError: the model holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"model={type(model).__name__}: cannot be copied ({error}); fold weights that are "
+            "computed in every pass, such as torch.nn.utils.remove_weight_norm does"
+        ) from error
+
+
+def fitted(network: nn.Module, data: dict[str, Any]) -> list[str]:
+    """Complete ``data`` by what the network tells and make it fit; notes on how.
+
+    Raises:
+        ConfigError: its images' size or its classes are not known, or it gives no logits.
+    """
+    data["channels"] = data["channels"] or channels_of(network) or 3
+    data["image_size"] = data["image_size"] or side_of(network, data["channels"])
+    if not data["image_size"]:
+        raise got("image_size", None, "a number of pixels: the model takes images of any size")
+    data["classes"] = data["classes"] or classes_of(network, data["channels"], data["image_size"])
+    if not data["classes"]:
+        allowed = "a model from images (B, channels, image_size, image_size) to logits (B, classes)"
+        said = f"{type(network).__name__} with {sizes(data)}"
+        raise got("model", said, allowed, "say classes= to see what it gives instead")
+    notes = prepared(network, described(data))
+    verdict = told(network, **sizes(data))
+    if data["normalization"] is None:
+        notes.append(chosen(verdict, data, otherwise="none"))
+        if verdict.preset is None:
+            log.warning("%s", notes[-1])
+    elif doubt := doubted(verdict, data):
+        notes.append(doubt)
+        log.warning("%s", doubt)
+    return notes
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -105,7 +169,7 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
         restore_gh_from_backup(outer)
 
 
-def _plain(normalization: str | Mapping[str, Sequence[float]]) -> Any:
-    if isinstance(normalization, str):
+def _plain(normalization: str | Mapping[str, Sequence[float]] | None) -> Any:
+    if normalization is None or isinstance(normalization, str):
         return normalization
     return {k: [float(v) for v in values] for k, values in normalization.items()}

@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from dhbe import __version__
 from dhbe.config.resolvers import register_resolvers
+from dhbe.config.schema import plain, refuse_early
 from dhbe.core.errors import ConfigError
-from dhbe.core.exits import guarded
+from dhbe.core.exit_status import guarded
 from dhbe.core.paths import CONF
 
 register_resolvers()
@@ -22,7 +23,8 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose(cfg: DictConfig) -> None:
     """Run one composed config."""
-    from dhbe.experiment.pipeline import run  # after Hydra has refused unknown options
+    refuse_early(plain(cfg))
+    from dhbe.experiment.pipeline import run  # imports torch, which takes seconds
 
     hydra_config = HydraConfig.get()
     run(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)

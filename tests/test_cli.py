@@ -55,7 +55,7 @@ def run(
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which one tiny run is finished, in ``one``."""
     folder = tmp_path_factory.mktemp("runs")
-    done = run(folder, *TINY, *GAME, "hydra.run.dir=one")
+    done = run(folder, *TINY, *GAME, "trainer.count=true", "hydra.run.dir=one")
     assert done.returncode == 0, done.stderr
     assert "result: " in done.stdout
     return folder

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.formats import Wrapped, backdoorbench, prefixed, save_all
-from dhbe.checkpoint import CheckpointFile, completed
+from dhbe.checkpoint import CheckpointFile
+from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.evaluation import evidence
 from dhbe.evaluation.evidence import Probe
-from dhbe.experiment.pipeline import assemble, build_network, run
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.pipeline import run
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
+from dhbe.victim.source import build_network
 
 PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=1")
 GAME = (
@@ -165,10 +168,10 @@ def purified(
 def read(compose_config, file: Path, *overrides: str) -> Normalized:
     """The network that a file holds, as the pipeline reads it."""
     cfg = compose_config("task=purify", f"checkpoint={file}", *overrides)
-    tree, _ = completed(plain(cfg), {})
+    tree, _ = resolved(plain(cfg), {})
     parts = assemble(tree)
     network = build_network(tree, parts.spec, 0)
-    parts.victim.load_into(network)
+    parts.source.load_into(network)
     return network.eval()
 
 
@@ -227,7 +230,12 @@ def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> N
     assert len(files) == 18
     options = (
         *("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
-        *("data.normalization=half", f"data.test={tmp_path}/test", "attack=badnets", "defense=clp"),
+        *(
+            "data.normalization=pytorch_cifar",
+            f"data.test={tmp_path}/test",
+            "attack=badnets",
+            "defense=clp",
+        ),
         "defense.u=1.0",
     )
     found, weights = {}, {}

@@ -24,7 +24,11 @@ PARAMETERS = {
 
 
 def build(name: str, compose_config, **kind):
-    named = {"timm": ["model.name=resnet10t"], "torchvision": ["model.name=mobilenet_v2"]}
+    named = {
+        "own": ["model.factory=dhbe.models.other:vgg19_bn"],
+        "timm": ["model.name=resnet10t"],
+        "torchvision": ["model.name=mobilenet_v2"],
+    }
     extra = named.get(name, [])
     node = plain(compose_config(f"model={name}", *extra))["model"]
     return instantiate(node, _convert_="all", **kind)

@@ -18,7 +18,7 @@ from conftest import ROOT
 from test_cli import GAME, TINY
 
 from dhbe.config.schema import plain
-from dhbe.experiment.pipeline import assemble
+from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import SmallResNet
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -22,7 +22,7 @@ def write_attack(folder: Path, attack: str, acc: float, floor: float | None = No
     metrics = json.loads((folder / "metrics.json").read_text()) | {"attack": attack}
     metrics["victim"]["acc"] = acc
     if floor is not None:
-        metrics["floor"] = {"asr": floor}
+        metrics["clean_baseline"] = {"asr": floor}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "config.yaml").write_text("victim: {epochs: 10}")
     clean = np.full((4, 3, 16, 16), 100, dtype=np.uint8)

@@ -47,9 +47,9 @@ class Store:
 
         def make(work: Path):
             self.trained += 1
-            runtime = self.make_runtime(recipe["seed"], work=str(work))
+            runtime = self.make_runtime(recipe["seed"], work=str(work), count=True)
             codes = train(network, attack, self.images, schedule(), runtime)
-            rows, work = runtime.recorder.rows, runtime.tally.work
+            rows, work = runtime.recorder.rows, runtime.work_total.work
             return Making(codes=codes, curves=rows, work=work)
 
         return self.store.obtain(recipe, network, attack, make)

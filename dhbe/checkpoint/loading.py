@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dhbe.checkpoint.files import DAMAGE, MAX_TENSORS, Place, open_weights
-from dhbe.checkpoint.layouts import RENAMINGS, Shape, differences
-from dhbe.checkpoint.pickles import Opaque, Refused, shown
+from dhbe.checkpoint.copies import copies
+from dhbe.checkpoint.families import Shape
+from dhbe.checkpoint.files import DAMAGE
+from dhbe.checkpoint.folders import bytes_of, opened
+from dhbe.checkpoint.kinds import SAVE, module_in
+from dhbe.checkpoint.layouts import RENAMINGS, differences
+from dhbe.checkpoint.nesting import (
+    MAX_LISTED,
+    STATISTICS,
+    Found,
+    facts,
+    is_statistic,
+    listed,
+    weights_in,
+    wrapper,
+)
+from dhbe.checkpoint.parametrized import folded, folded_shapes, unfolded
+from dhbe.checkpoint.pickles import Refused, shown
+from dhbe.checkpoint.places import Place
+from dhbe.checkpoint.writing import New, written
 from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.models import Normalized
+from dhbe.models.own import REMEDY
 
-NESTS = ("model", "state_dict", "net", "network", "model_state_dict", "netC", "weights", "params")
-"""Keys under which checkpoints keep their state dict, first choice first."""
-PREFIXES = ("module", "model", "network", "net", "backbone", "_orig_mod", "1")
-"""What wrappers put before every key; ``1`` is the network behind a normalisation layer."""
-MAX_NESTING = 4
-MAX_NAME = 300
-"""Characters of a weight's name; the longest of known networks have 80."""
-STATISTICS = ("mean", "std")
 UNWRITTEN = "unwritten"
 """Metadata of this project's files: what the network has that no weight says."""
 
 
 class Checkpoint:
     """A file's state dict: names, shapes and places; tensors are read when asked for.
+
+    Args:
+        key: of the weights inside the file, where there are several (``Found.path``).
 
     Attributes:
         places: key as in the network (wrappers' prefixes removed) -> where the tensor lies.
@@ -43,29 +54,58 @@ class Checkpoint:
         ArtefactError: missing, damaged, too large, no state dict inside, or more than data.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
-        try:
-            self.file = open_weights(path)
-            found = state_dict(self.file.content)
-        except Refused as error:
-            if not path.is_file():
-                raise ArtefactError(f"victim.path={path}: no such file") from None
-            raise self.refusal(error) from error
-        except OSError as error:
-            raise ArtefactError(f"victim.path={path}: cannot be read ({error})") from error
-        prefix = wrapper(found)
-        inside = [k for k in found if k.startswith(prefix)]
+        with self.refused():
+            self.file = opened(path)
+            self.key, found, prefix = self._found(key)
+        self.prefix = prefix = wrapper(found, prefix)
+        inside = [k for k, p in found.items() if k.startswith(prefix) and not is_statistic(k, p)]
+        chosen = set(inside)
         self.places = {k.removeprefix(prefix): found[k] for k in inside}
         self.original = {k.removeprefix(prefix): k for k in inside}
-        self.others = {k: p for k, p in found.items() if not k.startswith(prefix)}
-        self._last: tuple[str, bytearray] = ("", bytearray())
+        self.others = {k: p for k, p in found.items() if k not in chosen}
         said = {k: listed(v) for k, v in self.file.metadata.items()}
         self.facts = dict(facts(self.file.content)) | said
-        if sum(p.nbytes for p in found.values()) > 2 * path.stat().st_size:
-            raise ArtefactError(
-                f"victim.path={path}: its tensors claim more than the file holds; not read"
-            )
+        with self.refused():
+            if sum(p.reach for p in found.values()) > 2 * bytes_of(path):
+                raise Refused("its tensors claim more than the file holds; not read")
+            self.copies = [] if self.file.program else copies(self.file.content, self.places)
+            self.file.verify()
+
+    def _found(self, key: str | None) -> Found:
+        """The weights in the file; whole networks that were pickled are named as such."""
+        try:
+            return weights_in(self.file, key)
+        except Refused:
+            if name := module_in(self.file.content):
+                raise Refused(
+                    f"a whole pickled network of class {name}, whose code would have to be run; "
+                    f"{SAVE}"
+                ) from None
+            raise
+
+    @contextmanager
+    def refused(self) -> Iterator[None]:
+        """Whatever a file that is not what it seems leads to, as an ``ArtefactError``."""
+        try:
+            yield
+        except Refused as error:
+            if not os.path.lexists(self.path):
+                raise ArtefactError(f"victim.path={self.path}: no such file") from None
+            raise self.refusal(error) from error
+        except OSError as error:
+            if not os.path.lexists(self.path):
+                raise ArtefactError(f"victim.path={self.path}: no such file") from None
+            raise ArtefactError(f"victim.path={self.path}: cannot be read ({error})") from error
+        except DAMAGE as error:
+            raise self.refusal(Refused(f"damaged ({shown(error, 200)})")) from error
+
+    @property
+    def notes(self) -> list[str]:
+        """What becomes of the rest of the file, in words."""
+        names = ", ".join(c.path or "(top)" for c in self.copies[:MAX_LISTED])
+        return [f"copies of the network are replaced alike: {names}"] if self.copies else []
 
     def refusal(self, error: Refused) -> ArtefactError:
         """The error with the file's name and what it means for the reader."""
@@ -92,14 +132,8 @@ class Checkpoint:
         return self._read(name, self.others[name])
 
     def _read(self, name: str, place: Place) -> Tensor:
-        try:
-            if self._last[0] != place.record:  # many tensors may share one
-                self._last = (place.record, self.file.read(place.record))
-            value = place.view(self._last[1]).clone()
-        except Refused as error:
-            raise self.refusal(error) from error
-        except DAMAGE as error:
-            raise self.refusal(Refused(f"damaged ({shown(error, 200)})")) from error
+        with self.refused():
+            value = self.file.tensor(place)
         if value.is_floating_point() and not value.isfinite().all():
             raise ArtefactError(
                 f"victim.path={self.path}: {shown(name)} holds NaN or infinite values; no defense "
@@ -111,118 +145,51 @@ class Checkpoint:
         """``mean`` and ``std`` per channel that the file's own first layer uses, if it has one."""
         found = {}
         for key, place in self.others.items():
-            name = key.rpartition(".")[2].lstrip("_")
-            if name in STATISTICS and 1 <= place.nbytes // place.dtype.itemsize <= 4:
+            if is_statistic(key, place):
+                name = key.rpartition(".")[2].lstrip("_")
                 found[name] = self.other(key).double().flatten().tolist()
         return {k: found[k] for k in STATISTICS} if len(found) == len(STATISTICS) else None
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
-        """A copy of the file in ``folder`` with other weights, of the same shapes and types.
+        """A new file in ``folder`` with these weights and what else the file held that is plain.
 
-        The name gets ``-purified`` added. Of a program (TorchScript, torch.export) only the
-        weights are written, as safetensors under the program's own keys: its code is unread.
+        It has the input's format, nesting and keys; copies of the network get the same weights. The
+        name gets ``-purified`` added. Of programs (TorchScript, torch.export) and folders only the
+        weights are written, as safetensors under their own keys: code is unread.
 
         Raises:
             ArtefactError: a weight does not fit the file's number type.
         """
-        stem = f"{self.path.stem}-purified"
-        places = {k: self.places[k] for k in weights}
-        buffers = {p.record: self.file.read(p.record) for p in places.values()}
-        views = {k: p.view(buffers[p.record]) for k, p in places.items()}
-        for key, view in views.items():
-            view.copy_(weights[key])
-        for key, view in views.items():  # after all: some may share their memory
-            if not torch.equal(view, weights[key].to(view.dtype)):
-                raise ArtefactError(
-                    f"victim.path={self.path}: {key} shares its place in the file with another "
-                    "weight that is no longer equal; the file cannot hold both"
-                )
-            if view.is_floating_point() and not view.isfinite().all():
-                raise ArtefactError(
-                    f"victim.path={self.path}: the purified {key} does not fit {view.dtype}"
-                )
-        if self.file.program:
-            target = folder / f"{stem}.safetensors"
-            save_file({self.original[k]: v.clone() for k, v in views.items()}, target)
-            return target
-        target = folder / f"{stem}{self.path.suffix}"
-        self.file.write(target, {k: bytes(v) for k, v in buffers.items()})
-        return target
+        with self.refused():
+            return written(self.file, self.path, folder, self._sets(weights))
 
-
-def state_dict(content: Any) -> dict[str, Place]:
-    """The state dict inside a file's content.
-
-    Raises:
-        Refused: there is none.
-    """
-    for _ in range(MAX_NESTING):
-        if not isinstance(content, dict):
-            break
-        tensors = {k: v for k, v in content.items() if isinstance(v, Place)}
-        nested = next((content[k] for k in NESTS if isinstance(content.get(k), dict)), None)
-        if tensors and (nested is None or len(tensors) == len(content)):
-            if any(not isinstance(k, str) or len(k) > MAX_NAME for k in tensors):
-                raise Refused(f"a weight without a name, or one of more than {MAX_NAME} letters")
-            if len(tensors) > MAX_TENSORS:
-                raise Refused(f"{len(tensors):,} tensors; at most {MAX_TENSORS:,}")
-            if 2 * len(tensors) > len(content):  # odd entries beside weights stay as they are
-                return tensors
-        content = nested
-    raise Refused(f"no state dict of tensors, neither on top nor under {', '.join(NESTS)}")
-
-
-def wrapper(keys: Mapping[str, Any]) -> str:
-    """The prefix that wrappers put before most keys; empty if there is none."""
-    found = ""
-    for _ in range(MAX_NESTING):
-        inside = [k for k in keys if k.startswith(found)]
-        longer = [f"{found}{p}." for p in PREFIXES]
-        counts = {p: sum(k.startswith(p) for k in inside) for p in longer}
-        best = max(longer, key=lambda p: counts[p])
-        if 2 * counts[best] <= len(inside):
-            break
-        found = best
-    return found
-
-
-def listed(text: str) -> Any:
-    """The numbers of a text like ``[0.5, 0.5]``, which is how safetensors can hold them."""
-    if not re.fullmatch(r"\[[\d.,\s]{1,100}\]", text, re.ASCII):
-        return text
-    try:
-        return [float(n) for n in text.strip("[]").split(",")]
-    except ValueError:
-        return text
-
-
-def facts(content: Any) -> Iterator[tuple[str, Any]]:
-    """Plain values beside the weights: on top, in ``args``, in ``hyper_parameters``."""
-    if not isinstance(content, dict):
-        return
-    for key in ("args", "hyper_parameters"):
-        inner = content.get(key)
-        if isinstance(inner, Opaque):
-            inner = inner.state if isinstance(inner.state, dict) else inner.items
-        if isinstance(inner, dict):
-            content = {**inner, **content}
-    for key, value in content.items():
-        several = list(value) if isinstance(value, (list, tuple)) and len(value) <= 4 else [value]
-        kinds = (int, float) if isinstance(value, (list, tuple)) else (int, float, str)
-        if all(isinstance(v, kinds) and len(str(v)) <= MAX_NAME for v in several):
-            yield str(key), value
+    def _sets(self, weights: Mapping[str, Tensor]) -> list[New]:
+        """Every weight with each of its places, and its name in the file."""
+        return [
+            New(k, self.original[k], places[k], value)
+            for places in (self.places, *(c.places for c in self.copies))
+            for k, value in weights.items()
+        ]
 
 
 class CheckpointFile:
     """A file of weights that takes the place of a trained victim.
 
     Args:
+        key: of the weights inside the file, where there are several.
         sha256: of the file; filled in when the run begins and checked when the weights are read.
         assumed: what the file does not say and was assumed, in words; filled in likewise.
     """
 
-    def __init__(self, *, path: str, sha256: str = "", assumed: list[str] | None = None) -> None:
-        self.path, self.sha256 = Path(path), sha256
+    def __init__(
+        self,
+        *,
+        path: str,
+        key: str | None = None,
+        sha256: str = "",
+        assumed: list[str] | None = None,
+    ) -> None:
+        self.path, self.key, self.sha256 = Path(path), key, sha256
         self.assumed = assumed or []
 
     def outside(self, folder: Path) -> None:
@@ -253,23 +220,14 @@ class CheckpointFile:
                 f"victim.path={self.path}: its weights alone are not the network that was "
                 f"measured ({shown(said, 200)}); take the weights of another run"
             )
-        keys = matched(checkpoint, network)
-        own = network.network.state_dict()
-        weights = {keys[k]: checkpoint.read(k) for k in checkpoint.places}
-        for key, value in weights.items():
-            if own[key].is_floating_point() and not value.is_floating_point():
-                raise ArtefactError(
-                    f"victim.path={self.path}: {key} is made of {value.dtype}; a quantised file "
-                    "has no weights to purify"
-                )
-        network.network.load_state_dict(own | weights)
+        fill(network.network, checkpoint)
         if checkpoint.others.keys() == set(STATISTICS):  # a file of this project
             for name in STATISTICS:
                 own_value = getattr(network, name)
                 value = checkpoint.other(name)
                 if value.shape != own_value.shape:
                     wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(own_value.shape)}"]
-                    raise ArtefactError(misfit(self.path, wrong, len(own)))
+                    raise ArtefactError(misfit(self.path, wrong))
                 own_value.copy_(value)
         return checkpoint
 
@@ -279,8 +237,8 @@ class CheckpointFile:
         Raises:
             ArtefactError: it is not the one that the run began with.
         """
-        checkpoint = Checkpoint(self.path)
-        if self.sha256 and self.sha256 != digest(self.path):
+        checkpoint = Checkpoint(self.path, self.key)
+        if self.sha256 and self.sha256 != checkpoint.file.digest():
             raise ArtefactError(f"victim.path={self.path}: changed during the run; start again")
         return checkpoint
 
@@ -294,44 +252,62 @@ class CheckpointFile:
         """
         checkpoint = self.unchanged()
         own = network.network.state_dict()
-        keys = matched(checkpoint, network)
-        return checkpoint.write(folder, {k: own[new].cpu() for k, new in keys.items()})
+        keys = matched(checkpoint, network.network)
+        plain = {k: own[new].cpu() for k, new in keys.items()}
+        return checkpoint.write(folder, unfolded(plain, checkpoint.shapes))
 
 
-def matched(checkpoint: Checkpoint, network: Normalized) -> dict[str, str]:
-    """Key of the file -> key of the network, by the layout that fits.
+@torch.no_grad()
+def fill(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the file's weights into the network, in place.
+
+    Raises:
+        ArtefactError: they do not fit, or are quantised.
+    """
+    keys = matched(checkpoint, network)
+    own = network.state_dict()
+    held = folded({k: checkpoint.read(k) for k in checkpoint.places})
+    weights = {keys[k]: value for k, value in held.items()}
+    for key, value in weights.items():
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise ArtefactError(
+                f"victim.path={checkpoint.path}: {key} is made of {value.dtype}; a quantised file "
+                "has no weights to purify"
+            )
+    network.load_state_dict(own | weights)
+
+
+def matched(checkpoint: Checkpoint, network: nn.Module) -> dict[str, str]:
+    """Key of the file, parametrisations folded -> key of the network, by the layout that fits.
 
     Raises:
         ArtefactError: none does; names the weights that differ least.
     """
-    own = {k: tuple(v.shape) for k, v in network.network.state_dict().items()}
-    shapes = checkpoint.shapes
+    own = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    shapes = folded_shapes(checkpoint.shapes)
     nearest: list[str] | None = None
-    for rename in RENAMINGS.values():
-        keys = rename(shapes)
-        if len(set(keys.values())) != len(keys):
-            continue
-        wrong = differences(own, {new: shapes[old] for old, new in keys.items()})
-        if not wrong:
-            return keys
-        if nearest is None or len(wrong) < len(nearest):
-            nearest = wrong
-    raise ArtefactError(misfit(checkpoint.path, nearest or [], len(own)))
+    for prefix in dict.fromkeys(("", checkpoint.prefix)):
+        for rename in RENAMINGS.values():
+            names = rename(prefix + k for k in shapes)
+            if len(set(names.values())) != len(names):
+                continue
+            keys = {k: names[prefix + k] for k in shapes}
+            wrong = differences(own, {new: shapes[old] for old, new in keys.items()})
+            if not wrong:
+                return keys
+            if nearest is None or len(wrong) < len(nearest):
+                nearest = wrong
+    raise ArtefactError(misfit(checkpoint.path, nearest or []))
 
 
-def misfit(path: Path, wrong: list[str], total: int) -> str:
-    """The message about weights that do not fit."""
-    shown = "; ".join(wrong[:6]) + ("; ..." if len(wrong) > 6 else "")
+def misfit(path: Path, wrong: list[str]) -> str:
+    """The message about weights that do not fit the network that was chosen."""
     return (
-        f"victim.path={path}: {len(wrong)} of {total} weights do not fit the network ({shown}); "
-        "choose the right model= and data="
+        f"victim.path={path}: its weights do not fit the network: {several(wrong)}; choose the "
+        f"right model= and data=. {REMEDY}"
     )
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            found.update(part)
-    return found.hexdigest()
+def several(wrong: list[str], most: int = 6) -> str:
+    """Differences in one line."""
+    return "; ".join(wrong[:most]) + (f"; and {len(wrong) - most} more" * (len(wrong) > most))

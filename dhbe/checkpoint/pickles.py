@@ -1,61 +1,47 @@
 """What a pickle describes, read as data: nothing in it is imported, called or built.
 
-``pickletools`` splits the opcodes; the interpreter below replays them on plain values. Every
-global stays a name. Only names on a list of harmless ones are accepted, because the purified file
-keeps the rest of the pickle as it is and may be opened by a reader that does execute it.
+``pickletools`` splits the opcodes; the machine below replays them on plain values. Every global
+stays a name, every call a record. Names are free, because a purified file is made anew from the
+plain values alone; those that run code in a reader that trusts them are refused by name, so that
+their user learns of them.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import pickletools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dhbe.core.errors import ArtefactError
 
-MAX_OPCODES = 2_000_000
-"""A tensor of a state dict takes about 30, a poisoned image that BackdoorBench lists 28."""
-MAX_KEY = 2**31
-"""Larger integers as keys could be chosen to collide in a dict."""
+MAX_WORK = 2_000_000
+"""Opcodes and values moved. A tensor of a state dict takes about 30, a poisoned image that
+BackdoorBench lists 28."""
+BYTES_PER_WORK = 64
+MAX_NAME = 300
+"""Letters of a global."""
+MAX_BITS = 64
+"""Wider integers come as ``Opaque``: text and hashes of them can take any time."""
 
-HARMLESS = re.compile(
+RUNS_CODE = re.compile(
     r"""
-    collections\.(OrderedDict|Counter|defaultdict)
-    | (builtins|__builtin__)\.(dict|list|set|frozenset|tuple|bytes)
-    | (builtins|__builtin__)\.(int|long|float|bool|str|unicode|complex)
-    | _codecs\.encode | argparse\.Namespace | types\.SimpleNamespace
-    | datetime\.(datetime|date|timedelta)
-    | pathlib\.(Pure)?(Posix|Windows)?Path
-    | torch\.(\w+Storage|Size|device|u?int\d+|b?float\d+\w*|double|half|long|short|bool|complex\d+)
-    | torch\.storage\.(Typed|Untyped)Storage
-    | torch\.(_utils\._rebuild_(tensor|tensor_v2|parameter)|nn\.parameter\.(Parameter|Buffer))
-    | torch\.(serialization\._get_layout|_tensor\._rebuild_from_type_v2|Tensor)
-    | torch\.jit\._pickle\.(build_(int|double|bool|tensor)list|restore_type_tag)
-    | numpy\.(ndarray|dtype|bool_|u?int\d+|float\d+|dtypes\.[A-Z]\w*DType)
-    | numpy\._?core\.multiarray\.(_reconstruct|scalar)
-    | (pytorch_lightning|lightning\.pytorch|lightning_fabric|lightning\.fabric)
-      \.utilities\.(parsing|data)\.AttributeDict
-    | __torch__(\.\w+)*
+    (os|posix|nt|subprocess|sys|shutil|socket|ctypes|pty|runpy|importlib|imp|code|codeop|commands
+     |pickle|_pickle|cPickle|marshal|webbrowser|multiprocessing|asyncio|pip|pdb|timeit|gc|atexit
+     |signal|threading|_thread|site|pkgutil|zipimport|cffi)(\..+)?
+    | (builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|input|breakpoint|__import__
+      |getattr|setattr|delattr|globals|locals|vars|apply|__dict__)(\..+)?
+    | types\.(FunctionType|CodeType|LambdaType|MethodType) | operator\.(attrgetter|methodcaller)
+    | torch\.(load|hub\..+|serialization\.load|utils\.cpp_extension\..+|_C\..+|ops\..+)
+    | numpy\.(load|.*runstring|testing\..+) | joblib\.load | dill\..+ | cloudpickle\..+
     """,
-    re.VERBOSE | re.ASCII,
+    re.VERBOSE,
 )
-"""Names that may occur: containers, tensors, arrays, what training scripts keep beside weights."""
-NEVER_CALLED = re.compile(r"torch\.(\w*Storage|storage\.\w+|Tensor)|numpy\.ndarray")
-"""Names that stand for a type; called with a number they would allocate as much."""
-PLAIN = re.compile(r"(builtins|__builtin__|collections)\.\w+")
-"""Containers; made from a number they would be as large."""
-NUMBERS = ("int", "long", "float", "bool", "complex", "str", "unicode")
-TENSOR_MAKERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
-TUPLE_STATE = re.compile(r"numpy\.(dtype|_?core\.multiarray\._reconstruct)|numpy\.dtypes\.\w+")
-"""Objects whose state is a tuple by design; elsewhere a tuple would set attributes of any name."""
-
-LITERAL = re.compile(
-    r"(BIN)?INT[12]?|LONG[14]?|(BIN)?FLOAT|(SHORT_)?(BIN)?(STRING|UNICODE|BYTES)8?"
-)
+"""A diagnosis, not the defence: what is on no list is as inert."""
+TENSOR_MAKERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+LITERAL = re.compile(r"(BIN)?INT[12]?|(BIN)?FLOAT|(SHORT_)?(BIN)?(STRING|UNICODE|BYTES)8?")
 CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -63,7 +49,7 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": list,
+    "EMPTY_SET": lambda: Opaque("builtins.set", ([],)),
 }
 MARK = object()
 
@@ -74,14 +60,20 @@ class Global(NamedTuple):
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Opaque:
-    """What a call would have made: who was named, with which arguments and state."""
+    """What a call would have made: who was named, with which arguments, state and items."""
 
     name: str
     args: tuple[Any, ...] = ()
     state: Any = None
-    items: dict[Any, Any] = field(default_factory=dict)
+    items: dict[Any, Any] | None = None
+
+
+class Ordered(dict[Any, Any]):
+    """An ordered dict; ``state`` holds its attributes, as the ``_metadata`` of a state dict."""
+
+    state: Any = None
 
 
 class StorageRef(NamedTuple):
@@ -108,31 +100,31 @@ class Refused(ArtefactError):
 def read_pickle(stream: io.BytesIO) -> Any:
     """The value that the pickle at the stream's position describes; the stream ends behind it.
 
-    Tensors come as ``TensorRef``, calls as ``Opaque``, ordered dicts as dicts.
+    Tensors come as ``TensorRef``, calls as ``Opaque``, ordered dicts as ``Ordered``.
 
     Raises:
-        Refused: damaged, too large, or naming a function or class that is not on the list.
+        Refused: damaged, too much work, or naming what runs code.
     """
     machine = _Machine()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count >= MAX_OPCODES:
-                raise Refused(f"more than {MAX_OPCODES:,} pickle opcodes")
+        for opcode, argument, _ in pickletools.genops(stream):
             machine.step(opcode.name, argument)
         return machine.stack.pop()
     except Refused:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"damaged pickle ({type(error).__name__}: {shown(error, 250)})") from error
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise Refused(f"damaged pickle ({type(error).__name__}: {shown(error, 120)})") from error
 
 
 def shown(text: object, most: int = 60) -> str:
     """What a file calls something, fit for a terminal: short, control characters escaped.
 
     Args:
-        text: a string, or an exception; a container could be as large as it likes.
+        text: a string or an exception; of anything else only the type is told.
     """
-    return ascii(str(text)[:most])[1:-1]
+    if isinstance(text, (str, BaseException)) or (type(text) is int and text.bit_length() < 999):
+        return ascii(str(text)[:most])[1:-1] if not isinstance(text, int) else str(text)[:most]
+    return f"({type(text).__name__})"
 
 
 class _Machine:
@@ -141,21 +133,33 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.work = 0
         self.actions = {o.name: self._action(o.name) for o in pickletools.opcodes}
 
     def step(self, name: str, argument: Any) -> None:
+        self.spend(1)
         action = self.actions[name]
         if action is None:
             raise Refused(f"pickle opcode {name}, which no checkpoint needs")
         action(argument)
+
+    def spend(self, work: int) -> None:
+        """Count what an opcode moves."""
+        self.work += work
+        if self.work > MAX_WORK:
+            raise Refused(f"a pickle that takes more than {MAX_WORK:,} steps")
 
     def _action(self, name: str) -> Callable[[Any], None] | None:
         """What an opcode does; None for those that are refused."""
         stack = self.stack
         if name in CONSTANTS:
             return lambda _: stack.append(CONSTANTS[name]())
+        if name in ("INT", "LONG", "LONG1", "LONG4"):
+            return lambda argument: stack.append(_integer(argument))
         if LITERAL.fullmatch(name):
             return stack.append
+        if name == "BYTEARRAY8":
+            return lambda argument: stack.append(bytes(argument))
         if name.endswith("PUT"):
             return lambda argument: self.memo.__setitem__(argument, stack[-1])
         if name.endswith("GET"):
@@ -196,23 +200,27 @@ class _Machine:
         self.stack.pop()
 
     def do_global(self, argument: str) -> None:
+        if len(argument) > MAX_NAME:
+            raise Refused(f"a name of more than {MAX_NAME} letters")
         name = argument.replace(" ", ".", 1)
-        if not HARMLESS.fullmatch(name):
+        if RUNS_CODE.fullmatch(name):
             raise Refused(
-                f"the pickle names '{shown(name)}', which a reader that trusts it would import and "
-                "call; a state dict needs no such name"
+                f"the pickle names '{shown(name)}', which runs code in a reader that trusts it; do "
+                "not open this file with torch.load(weights_only=False)"
             )
         self.stack.append(Global(name))
 
     def do_stack_global(self, _: Any) -> None:
         module, name = self.pop(2)
-        self.do_global(f"{module} {name}")
+        if type(module) is not str or type(name) is not str or len(module) > MAX_NAME:
+            raise Refused("a global whose name is no short text")
+        self.do_global(f"{module} {name[: MAX_NAME + 1]}")
 
     def do_reduce(self, _: Any) -> None:
         function, args = self.pop(2)
-        if not isinstance(function, Global) or not isinstance(args, tuple):
+        if not isinstance(function, Global) or type(args) is not tuple:
             raise Refused("the pickle calls something that is not a name")
-        self.stack.append(_call(function.name, args))
+        self.stack.append(self._call(function.name, args))
 
     do_newobj = do_reduce
 
@@ -223,30 +231,31 @@ class _Machine:
     def do_build(self, _: Any) -> None:
         (state,) = self.pop(1)
         target = self.stack[-1]
-        named = target.name if isinstance(target, Opaque) else ""
-        plain = isinstance(state, dict) and all(
-            isinstance(k, str) and not k.startswith("__") for k in state
-        )
-        by_design = isinstance(state, tuple) and TUPLE_STATE.fullmatch(named) and _fits(state)
-        if isinstance(target, Global) or not (plain or by_design or named.startswith("__torch__")):
-            raise Refused("the pickle sets attributes that no checkpoint needs")
-        if isinstance(target, Opaque):
+        if isinstance(target, Global):
+            raise Refused("the pickle sets attributes of a class")
+        if isinstance(target, (Opaque, Ordered)):
             target.state = state
+
+    def do_frozenset(self, _: Any) -> None:
+        self.stack.append(Opaque("builtins.frozenset", (self.pop(),)))
 
     def do_binpersid(self, _: Any) -> None:
         (identity,) = self.pop(1)
-        word, kind, record, _location, numel, *_view = identity
-        if word not in ("storage", b"storage") or not isinstance(kind, Global):
+        if type(identity) is not tuple or not 5 <= len(identity) <= 6:
+            if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":
+                self.stack.append(identity[1])  # a class and its source, before torch 1.6
+                return
             raise Refused("a persistent id that is not a storage")
-        if type(record) is int:
-            record = str(record)
+        word, kind, record, _location, numel, *view = identity
+        if word != "storage" or not isinstance(kind, Global) or view not in ([], [None]):
+            raise Refused("a persistent id that is not a plain storage")
+        record = str(record) if type(record) is int else record
         if type(numel) is not int or numel < 0 or type(record) is not str:
             raise Refused("a storage without a name or with an impossible length")
         self.stack.append(StorageRef(record, kind.name, numel))
 
     def do_append(self, _: Any) -> None:
-        (value,) = self.pop(1)
-        self._extend([value])
+        self._extend(self.pop(1))
 
     def do_appends(self, _: Any) -> None:
         self._extend(self.pop())
@@ -254,10 +263,14 @@ class _Machine:
     do_additems = do_appends
 
     def _extend(self, values: list[Any]) -> None:
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(values)
-        elif not isinstance(self.stack[-1], Opaque):
+        target = self.stack[-1]
+        if isinstance(target, Opaque):
+            if target.name != "builtins.set":
+                return  # of a class that is dropped
+            target = target.args[0] if target.args else None
+        if type(target) is not list:
             raise ValueError("append to what is no list")
+        target.extend(values)
 
     def do_setitem(self, _: Any) -> None:
         self._update(self.pop(2))
@@ -267,76 +280,71 @@ class _Machine:
 
     def _update(self, flat: list[Any]) -> None:
         target = self.stack[-1]
-        target = target.items if isinstance(target, Opaque) else target
+        if isinstance(target, Opaque):
+            target.items = {} if target.items is None else target.items
+            target = target.items
         if not isinstance(target, dict):
             raise ValueError("set an item of what is no dict")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
-            if not isinstance(key, (str, bytes, int, Opaque, type(None))):
-                raise Refused(f"a dict key of type {type(key).__name__}")
-            if isinstance(key, int) and abs(key) >= MAX_KEY:
-                raise Refused("a dict key of more than 31 bits")
-            if key in target:
-                raise Refused(f"key {shown_key(key)} occurs twice in one dict")
-            target[key] = value
+            _put(target, key, value)
+
+    def _call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """What a call stands for, if it is one that checkpoints need; else an inert record."""
+        last = name.rpartition(".")[2]
+        if last == "_rebuild_from_type_v2" and len(args) == 4 and isinstance(args[0], Global):
+            name, args = args[0].name, args[2]
+            last = name.rpartition(".")[2]
+        if not isinstance(args, tuple):
+            raise Refused("a call without arguments")
+        if name in TENSOR_MAKERS:
+            return _tensor(args)
+        if last.startswith("_rebuild_parameter") and args and isinstance(args[0], TensorRef):
+            return args[0]
+        if name == "collections.OrderedDict" and (not args or type(args[0]) is list):
+            return self._ordered(args[0] if args else [])
+        if name == "_codecs.encode" and args[1:] == ("latin1",) and type(args[0]) is str:
+            self.spend(len(args[0]) // BYTES_PER_WORK)
+            return args[0].encode("latin1")
+        return Opaque(name, args)
+
+    def _ordered(self, pairs: list[Any]) -> Ordered:
+        """An ordered dict made from pairs, as Python 2 wrote it."""
+        self.spend(len(pairs))
+        made = Ordered()
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise Refused("an ordered dict of something else than pairs")
+            _put(made, *pair)
+        return made
 
 
-def _call(name: str, args: tuple[Any, ...]) -> Any:
-    """What a call stands for, if it is one that checkpoints need; else an inert record.
+def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
+    """Set an item; keys whose hash can be chosen or take long go in as ``Opaque``."""
+    if not isinstance(key, (str, bytes, int, Opaque, type(None))):
+        key = Opaque("key", (key,))
+    if key in target:
+        named = f"'{shown(key)}'" if isinstance(key, str) else f"of type {type(key).__name__}"
+        raise Refused(f"key {named} occurs twice in one dict")
+    target[key] = value
 
-    Raises:
-        Refused: done for real, the call could allocate any amount of memory, or call another name.
-    """
-    last = name.rpartition(".")[2]
-    if last in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-        return _tensor(args)
-    if last == "_rebuild_parameter" and isinstance(args[0], TensorRef):
-        return args[0]
-    if name == "collections.OrderedDict" and (not args or isinstance(args[0], list)):
-        return _ordered(args[0] if args else [])
-    by_number = PLAIN.fullmatch(name) and any(isinstance(a, (int, float)) for a in args)
-    maker = args[0].name if args and isinstance(args[0], Global) else ""
-    if (
-        NEVER_CALLED.fullmatch(name)
-        or (by_number and last not in NUMBERS)
-        or (last == "_reconstruct" and args[1] != (0,))
-        or (name == "_codecs.encode" and args[1:] != ("latin1",))
-        or (last == "_rebuild_from_type_v2" and maker not in TENSOR_MAKERS)
-    ):
-        raise Refused(f"the pickle calls {name} in a way that no checkpoint needs")
-    return Opaque(name, args)
+
+def _integer(value: int) -> Any:
+    return value if value.bit_length() <= MAX_BITS else Opaque("int", (value,))
 
 
 def _tensor(args: tuple[Any, ...]) -> TensorRef:
+    if len(args) < 4:
+        raise Refused("a tensor without a shape")
     storage, offset, shape, stride = args[:4]
-    if not isinstance(storage, StorageRef) or len(shape) != len(stride) or len(shape) > 8:
-        raise Refused("a tensor without a storage, or of more than 8 dimensions")
+    if isinstance(shape, Opaque) and shape.name == "torch.Size":
+        shape = shape.args[0] if shape.args else ()
+    if not isinstance(storage, StorageRef) or type(shape) is not tuple or type(stride) is not tuple:
+        raise Refused("a tensor without a storage, a shape or strides")
+    if len(shape) != len(stride) or len(shape) > 8:
+        raise Refused("a tensor of more than 8 dimensions, or with other strides")
     numbers = (offset, *shape, *stride)
     if any(type(n) is not int for n in numbers):
         raise Refused("a tensor whose shape, stride or offset is not made of integers")
     if any(not 0 <= n < 2**40 for n in numbers):
         raise Refused(f"a tensor of shape {shape}, stride {stride}, offset {offset}"[:200])
-    return TensorRef(storage, offset, tuple(shape), tuple(stride))
-
-
-def _ordered(pairs: list[Any]) -> dict[str, Any]:
-    """An ordered dict made from pairs, as Python 2 wrote it."""
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if type(key) is not str or key in made:
-            raise Refused("an ordered dict with a key that is no text, or occurs twice")
-        made[key] = value
-    return made
-
-
-def _fits(state: tuple[Any, ...]) -> bool:
-    """Whether an array's state (.., shape, type, order, data) holds as much as its shape says."""
-    shape, data = (state[-4], state[-1]) if len(state) >= 4 else ((), b"")
-    data = data.args[0] if isinstance(data, Opaque) else data
-    if not isinstance(shape, tuple) or not isinstance(data, (bytes, str, list)):
-        return not isinstance(shape, tuple)  # the state of a type, not of an array
-    return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) <= len(data)
-
-
-def shown_key(key: object) -> str:
-    """A dict's key in a message; only text is quoted."""
-    return f"'{shown(key)}'" if isinstance(key, str) else f"of type {type(key).__name__}"
+    return TensorRef(storage, offset, shape, stride)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from typing import ClassVar, final
 
@@ -15,6 +16,8 @@ from dhbe.methods.selection import Selection
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 
+log = logging.getLogger(__name__)
+
 
 class Defense(ABC):
     """A backdoor-erasing method; subclasses implement ``repair``."""
@@ -22,8 +25,8 @@ class Defense(ABC):
     needs: ClassVar[Budget] = Budget()
     """The least that the method can work with; checked before any data is read."""
     selection: Selection = "fixed"
-    weights_only: bool = False
-    """Whether weights are all that may change, because somebody's own code will load them."""
+    idle: ClassVar[bool] = False
+    """Whether leaving every weight as it is is what the method is for."""
 
     @classmethod
     def check(cls, budget: Budget) -> None:
@@ -35,8 +38,8 @@ class Defense(ABC):
         if missing := budget.missing(cls.needs):
             raise BudgetError(
                 f"budget={budget.name}: {cls.__name__} needs {missing}; set budget=pct1 or another "
-                "that grants it (one_per_class, pct1, pct2, pct5, holdout5), or pick a data-free "
-                "defense (dhbe, clp)"
+                "that grants it (one_per_class, pct1, pct2, pct5, holdout5), or a defense that "
+                "needs no data"
             )
 
     def fits(self, spec: DataSpec) -> None:
@@ -61,7 +64,7 @@ class Defense(ABC):
         """
         self.check(data.budget)
         assert isinstance(suspect.network, Normalized)
-        if not finite(suspect.network):
+        if not all_finite(suspect.network):
             raise ArtefactError(
                 f"the suspect network ({suspect.architecture}) holds NaN or infinite weights; "
                 "no defense can start from it"
@@ -69,10 +72,18 @@ class Defense(ABC):
         network = copy.deepcopy(suspect.network).to(runtime.device, runtime.dtype).eval()
         network.requires_grad_(True)  # somebody may have frozen a part
         repaired = self.repair(network, data, runtime).eval()
-        if not finite(repaired):
+        if not all_finite(repaired):
             raise DivergenceError(
                 f"{type(self).__name__} produced NaN or infinite weights; lower its learning rate"
             )
+        if not self.idle and unchanged(suspect.network, repaired):
+            warning = (
+                f"WARNING: {type(self).__name__} changed no weight: the purified network is the "
+                "suspect, with whatever backdoor it has. Use a stricter setting or another defense "
+                "(dhbe_balanced_quick needs no images)"
+            )
+            log.warning(warning)
+            runtime.recorder.notes.insert(0, warning)
         probe = torch.zeros((2, *suspect.spec.shape), device=runtime.device, dtype=runtime.dtype)
         with torch.no_grad():
             logits = repaired(probe)
@@ -80,7 +91,15 @@ class Defense(ABC):
         return repaired.requires_grad_(True)
 
 
-def finite(network: torch.nn.Module) -> bool:
+def all_finite(network: torch.nn.Module) -> bool:
     """Whether all weights and buffers are finite."""
     values = (t for t in network.state_dict().values() if t.is_floating_point())
     return all(bool(t.isfinite().all()) for t in values)
+
+
+def unchanged(before: torch.nn.Module, after: torch.nn.Module) -> bool:
+    """Whether two networks have the same weights and buffers."""
+    old, new = before.state_dict(), after.state_dict()
+    return old.keys() == new.keys() and all(
+        torch.equal(v.to(new[k]), new[k]) for k, v in old.items()
+    )

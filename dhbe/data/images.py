@@ -63,7 +63,10 @@ def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
     Raises:
         DataError: the bytes are not a readable image.
     """
-    image = unpack(name, blob, {1: "L", 2: "LA", 3: "RGB"}[channels])
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise DataError(f"{name}: an image file has 1 to 4 channels, the network takes {channels}")
+    image = unpack(name, blob, modes[channels])
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
@@ -119,6 +122,7 @@ class Resident(ImageSet):
         self.images, self.labels, self.groups = images, labels, groups
 
     def subset(self, index: Tensor) -> Resident:
+        index = index.to(self.images.device)
         groups = None if self.groups is None else self.groups[index]
         return Resident(self.images[index], self.labels[index], groups)
 
@@ -153,6 +157,7 @@ class Streamed(ImageSet):
         self.channels, self.size, self.workers = channels, size, workers
 
     def subset(self, index: Tensor) -> Streamed:
+        index = index.cpu()
         return Streamed(
             self.encoded,
             self.labels[index],

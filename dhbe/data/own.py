@@ -18,14 +18,17 @@ NORMALIZATIONS: dict[str, tuple[list[float], list[float]]] = {
     "none": ([0.0], [1.0]),
     "half": ([0.5], [0.5]),
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]),
+    "pytorch_cifar": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.201]),
     "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     "gtsrb": ([0.0], [1.0]),
     "mnist": ([0.1307], [0.3081]),
     "tiny": ([0.4802, 0.4481, 0.3975], [0.2302, 0.2265, 0.2262]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "bytes": ([0.0], [1 / 255]),
 }
 """Mean and deviation of pixels in [0, 1]; one value serves all channels. ``gtsrb`` and ``tiny`` as
-BackdoorBench sets them (its GTSRB networks take pixels as they are)."""
+BackdoorBench sets them (its GTSRB networks take pixels as they are), ``pytorch_cifar`` as
+kuangliu's pytorch-cifar and many after it, ``bytes`` for networks that take 0 to 255."""
 
 
 class OwnImages(Data):
@@ -33,9 +36,11 @@ class OwnImages(Data):
 
     Args:
         normalization: preset, or ``mean`` and ``std`` per channel.
+        order: of the channels that the network takes; ``bgr`` turns the images' red and blue round.
         clean: folder with one sub-folder per class; all of it goes to the defense.
         test: likewise; only the evaluation sees it.
         skip_unreadable: leave out corrupt, animated or huge images instead of stopping.
+        content: fingerprint of both folders, which makes other images another config.
 
     Sub-folders whose names are numbers stand for these classes, others for classes in name order.
     """
@@ -45,15 +50,18 @@ class OwnImages(Data):
         *,
         name: str,
         classes: Annotated[int, Ge(2)],
-        channels: Literal[1, 2, 3],
+        channels: Annotated[int, Ge(1)],
         image_size: Annotated[int, Ge(5), Le(2048)],
         normalization: str | dict[str, list[float]],
+        order: Literal["rgb", "bgr"] | None,
         flip: bool,
         crop_padding: Annotated[int, Ge(0)],
         clean: str | None,
         test: str | None,
         skip_unreadable: bool,
+        content: str = "",
     ) -> None:
+        del content
         mean, std = statistics(normalization, channels)
         self.spec = DataSpec(
             name=name,
@@ -67,8 +75,7 @@ class OwnImages(Data):
             balanced=False,
         )
         self.folders = {"data.clean": clean, "data.test": test}
-        self.skip_unreadable = skip_unreadable
-        self.skipped: list[str] = []
+        self.skip_unreadable, self.order = skip_unreadable, order
 
     def load(self) -> Splits | None:
         """The images of both folders; None if neither is given.
@@ -80,14 +87,22 @@ class OwnImages(Data):
             return None
         none = torch.empty(0, dtype=torch.int64)
         empty = Resident(torch.empty((0, *self.spec.shape), dtype=torch.uint8), none)
+        skipped: list[str] = []
         clean, test = (
-            self._read(key, Path(folder)) if folder else empty
+            self._read(key, Path(folder), skipped) if folder else empty
             for key, folder in self.folders.items()
         )
         pool = torch.arange(len(clean))
-        return Splits(train=empty, pool=clean, test=test, train_index=none, pool_index=pool)
+        return Splits(
+            train=empty,
+            pool=clean,
+            test=test,
+            train_index=none,
+            pool_index=pool,
+            skipped=tuple(skipped),
+        )
 
-    def _read(self, key: str, folder: Path) -> ImageSet:
+    def _read(self, key: str, folder: Path, skipped: list[str]) -> ImageSet:
         images, labels = [], []
         for file, label in labelled(key, folder, self.spec.classes):
             try:
@@ -97,9 +112,10 @@ class OwnImages(Data):
             except DataError as error:
                 if not self.skip_unreadable:
                     raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
-                self.skipped.append(str(file))
+                skipped.append(str(file))
                 continue
-            images.append(torch.from_numpy(pixels.copy()))
+            turned = pixels[::-1] if self.order == "bgr" else pixels
+            images.append(torch.from_numpy(turned.copy()))
             labels.append(label)
         if not images:
             raise DataError(f"{key}={folder}: no readable image in it")

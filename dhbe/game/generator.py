@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,21 @@ class Upsampler(nn.Module):
         return images
 
 
+class Rescale(nn.Module):
+    """Images of mean 0 and deviation 1 per channel -> of the given ones."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
 class ImageGenerator(Upsampler):
     """Noise -> images in *normalised* space; the exit is conv - tanh - BN without affine.
 
@@ -87,14 +103,26 @@ class ImageGenerator(Upsampler):
     Args:
         channels: channels of the images.
         image_size: pixels; 5, 6, 7 or 8 times a power of two up to 32.
+        statistics: mean and deviation per channel that the images shall have instead, for networks
+            whose normalisation does not make them 0 and 1 (ours: the paper's all do).
     """
 
     BASES = (5, 6, 7, 8)
 
-    def __init__(self, *, latent: int, width: int, channels: int, image_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        latent: int,
+        width: int,
+        channels: int,
+        image_size: int,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         exit = nn.Sequential(
             nn.Conv2d(width, channels, 3, padding=1),
             nn.Tanh(),
             nn.BatchNorm2d(channels, affine=False),
         )
+        if statistics is not None:
+            exit.append(Rescale(*statistics))
         super().__init__(latent=latent, width=width, size=image_size, bases=self.BASES, exit=exit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torchvision
@@ -12,9 +12,16 @@ from dhbe.core.errors import ConfigError
 
 
 def vgg19_bn(*, classes: int, channels: int, image_size: int) -> nn.Module:
-    """VGG19-BN with one linear layer on globally pooled features (the CIFAR form)."""
+    """VGG19-BN in the CIFAR form."""
+    return vgg_bn(depth=19, classes=classes, channels=channels, image_size=image_size)
+
+
+def vgg_bn(
+    *, depth: Literal[11, 13, 16, 19], classes: int, channels: int, image_size: int
+) -> nn.Module:
+    """VGG with BatchNorm and one linear layer on globally pooled features (the CIFAR form)."""
     del image_size
-    network: Any = torchvision.models.vgg19_bn(num_classes=classes)
+    network: Any = getattr(torchvision.models, f"vgg{depth}_bn")(num_classes=classes)
     if channels != 3:
         network.features[0] = nn.Conv2d(channels, 64, 3, padding=1)
     network.avgpool = nn.AdaptiveAvgPool2d(1)

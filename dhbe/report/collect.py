@@ -20,6 +20,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dhbe.config.identity import CASE as ATTACKED
+from dhbe.config.identity import LATER, NEUTRAL
+from dhbe.config.identity import METHOD as ERASED
 from dhbe.report import former
 from dhbe.report.folder import ROLES, read_metrics, speeds
 
@@ -31,13 +34,6 @@ OPTIONS = ["case_options", "method_options"]
 OPTIONS_FILE = "options.json"
 """Beside ``results.csv``: options by hash."""
 RATES = ("acc", "asr", "ra", "asr_conditional")
-ATTACKED = ("data", "model", "attack", "victim")
-ERASED = ("defense", "budget", "trainer")
-"""Config groups of a case and of a method."""
-NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
-"""Options that change neither, or that the names tell."""
-LATER = {"tf32": False, "compile": "never", "recompute": False}
-"""Options that older runs do not have; with these values they make no difference to them."""
 
 
 def collect(folders: Iterable[Path]) -> pd.DataFrame:
@@ -82,7 +78,8 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection", "scale")}
     row |= {k: m[k] for k in ("seed", "poison_rate", "der")}
     row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in RATES}
-    row["floor_asr"] = m.get("floor", {}).get("asr")
+    baseline = m.get("clean_baseline") or m.get("floor") or {}  # older results say floor
+    row["clean_baseline_asr"] = baseline.get("asr")
     row["epochs"] = config.get("victim", {}).get("epochs")
     row["clean_images"] = _clean_images(config)
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
@@ -126,7 +123,7 @@ def flatten(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, str]:
-    """For each hash in ``column``: the scale or options that tell it from others of its names.
+    """For each hash in ``column``: the scale or the options that tell it from others so named.
 
     Where its options are not known, the former text; where texts are the same, also the hash.
     """
@@ -185,6 +182,7 @@ def merge(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     if old.exists():
         text = dict.fromkeys(("case", "method", "commit"), str)  # some hashes look like numbers
         kept = pd.read_csv(old, keep_default_na=True, dtype=text)
+        kept = kept.rename(columns={"floor_asr": "clean_baseline_asr"})  # of older versions
         file = old.with_name(OPTIONS_FILE)
         options = json.loads(file.read_text()) if file.exists() else {}
         for column in ("case", "method"):
@@ -199,7 +197,9 @@ def renamed(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of an earlier version with today's names, options and hashes."""
     table = table.copy()
     pairs = zip(table["attack"], table["defense"], strict=True)
-    table[["attack", "defense", "scale"]] = [list(former.names(*p).values()) for p in pairs]
+    today = [former.names(*p) for p in pairs]
+    for column in ("attack", "defense", "scale"):
+        table[column] = [found[column] for found in today]
     for column, names in (("case", CASE), ("method", METHOD)):
         given = [n for n in names if not n.endswith("_variant")]
         flats = [former.options(o) for o in table[f"{column}_options"]]

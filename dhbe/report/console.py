@@ -15,8 +15,8 @@ from dhbe.report.folder import rows
 def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None:
     """Print before/after rates, times and the folder's path."""
     m = metrics
-    title = f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}, "
-    title += f"scale {m['scale']}, seed {m['seed']}"
+    title = f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}"
+    title += f", scale {m['scale']}, seed {m['seed']}"
     if m["selection"] == "oracle":
         title += ", chosen with eyes on the test set (oracle)"
     table = Table(title=escape(title))
@@ -34,6 +34,9 @@ def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None
     console = Console()
     console.print(table)
     for note in m["notes"]:
-        console.print(f"note: {escape(note)}")
+        warns = note.startswith("WARNING")
+        console.print(
+            escape(note) if warns else f"note: {escape(note)}", style="bold red" if warns else None
+        )
     state = "already there; force=true computes it anew" if reused else "report.html inside"
     console.print(f"result: {escape(str(folder))} ({state})", soft_wrap=True)

@@ -14,18 +14,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dhbe.config.identity import CASE as ATTACKED
+from dhbe.config.identity import METHOD as ERASED
+from dhbe.config.identity import NEUTRAL
 from dhbe.report import former
-from dhbe.report.collect import (
-    ATTACKED,
-    CASE,
-    ERASED,
-    METHOD,
-    NEUTRAL,
-    OPTIONS,
-    RUN,
-    digest,
-    flatten,
-)
+from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
 
 ABLATION = "ablation"
 """Root key of a sweep that changes one of several options at a time."""

@@ -1,0 +1,20 @@
+"""Every kind of file in the published list: read and right, or refused with a remedy that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.layouts import KINDS, check
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_kind_of_file(kind, tmp_path: Path) -> None:
+    check(kind, tmp_path)
+
+
+def test_the_list_is_long_and_without_repetitions() -> None:
+    assert len({kind.name for kind in KINDS}) == len(KINDS) >= 60
