@@ -44,8 +44,9 @@ def test_every_schedule_fits(name: str, compose_config) -> None:
 
 
 def test_the_published_protocol(compose_config) -> None:
-    parts = assemble(plain(compose_config("experiment=dhbe_cifar10")))
-    assert parts.victim.epochs == 200
+    tree = plain(compose_config("experiment=dhbe_cifar10"))
+    parts = assemble(tree)
+    assert tree["victim"]["epochs"] == 200
     assert round(parts.attack.poison_rate * 50_000) == 300
     assert parts.defense.epochs * parts.defense.iterations == 15_000
 
