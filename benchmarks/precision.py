@@ -58,7 +58,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", help="of conf/experiment: the victims")
-    parser.add_argument("--defense", default="dhbe_cpu")
+    parser.add_argument("--defense", default="dhbe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--precisions", nargs="+", default=["32-true", "bf16-mixed"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides")

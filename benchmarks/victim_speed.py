@@ -33,7 +33,7 @@ from dhbe.data import Resident, TrainingBatches, load
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.experiment.assembly import assemble
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.victim.source import build_network
 
@@ -64,7 +64,7 @@ class PlainLoop:
         network: nn.Module,
         images: Resident,
         spec: DataSpec,
-        schedule: Schedule,
+        schedule: SGDSchedule,
         workers: int,
     ) -> None:
         self.network = network.to(DEVICE, memory_format=torch.contiguous_format)

@@ -24,7 +24,7 @@ from dhbe.evaluation.evaluator import Evaluator
 from dhbe.evaluation.metrics import rates
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.victim.store import Making, VictimStore
 from dhbe.victim.train import train
 
@@ -141,7 +141,6 @@ def test_no_value_wraps_around(name: str, compose_config, make_runtime) -> None:
     faint = {
         "lsb": 3,
         "ftrojan": 6,
-        "ftrojan_cpu": 12,
         "ctrl": 23,
         "frequency": 20,
         "sig": 40,
@@ -220,16 +219,14 @@ def test_every_attack_trains_and_is_stored(
     name: str, compose_config, spec, images: Resident, make_runtime, tmp_path
 ) -> None:
     """Own networks learn, the mask or encoder stays, and a reader gets the same trigger."""
-    schedule = Schedule(
+    schedule = SGDSchedule(
         epochs=2,
         batch_size=16,
         learning_rate=0.01,
         momentum=0.9,
         nesterov=False,
         weight_decay=0.0,
-        schedule="cosine",
-        milestones=[],
-        decay=0.1,
+        shape=Cosine(end=0.0),
     )
     attack = build(name, compose_config, spec)
     Evaluator(images, attack, device=torch.device("cpu"))  # as the pipeline does before training

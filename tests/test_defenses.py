@@ -25,7 +25,7 @@ from dhbe.models.other import PlainVGG, vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import SmallResNet, resnet
 from dhbe.training.recorder import Recorder
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 
 DEFENSES = names("defense")
 SHORT = {
@@ -356,16 +356,14 @@ def test_dhbe_refuses_sizes_it_cannot_play(compose_config) -> None:
 
 
 def test_finetune_changes_weights_within_its_budget(images, make_runtime) -> None:
-    schedule = Schedule(
+    schedule = SGDSchedule(
         epochs=2,
         batch_size=256,
         learning_rate=0.05,
         momentum=0.9,
         nesterov=False,
         weight_decay=0.0,
-        schedule="cosine",
-        milestones=[],
-        decay=1.0,
+        shape=Cosine(end=0.0),
     )
     victim = suspect()
     purified = FineTune(schedule=schedule)(victim, granted(images, fraction=0.1), make_runtime())

@@ -31,7 +31,7 @@ from dhbe.victim.source import build_network
 
 PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=1")
 GAME = (
-    *("defense=dhbe_quick", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
+    *("defense=dhbe", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
     *("defense.width=4", "defense.patch_width=4"),
 )
 

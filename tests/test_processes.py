@@ -32,7 +32,7 @@ from dhbe.models import Normalized
 from dhbe.training import parallel as processes
 from dhbe.training.recorder import Recorder
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig
 
@@ -58,16 +58,14 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
     pixels = torch.randint(0, 256, (32, 3, 16, 16), generator=rng, dtype=torch.uint8)
     data = Resident(pixels, torch.arange(32) % 4)
     batches = TrainingBatches(data, spec=make_spec(), batch_size=8, seed=0, device=CPU)
-    schedule = Schedule(
+    schedule = SGDSchedule(
         epochs=2,
         batch_size=8,
         learning_rate=0.1,
         momentum=0.9,
         nesterov=True,
         weight_decay=0.0,
-        schedule="cosine",
-        milestones=[],
-        decay=0.1,
+        shape=Cosine(end=0.0),
     )
     net, rows = network(), []
     module = Supervised(

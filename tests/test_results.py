@@ -23,7 +23,7 @@ from dhbe.experiment.folder import ResultFolder
 from dhbe.experiment.pipeline import run
 from dhbe.training.recorder import Stopwatch
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 
 
@@ -109,10 +109,10 @@ def test_the_stopwatch_goes_on_over_all_trainings_of_a_stage(
 ) -> None:
     def fit(runtime: Runtime) -> None:
         schedule = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
-        schedule |= {"schedule": "cosine", "milestones": [], "decay": 0.1}
+        schedule |= {"shape": Cosine(end=0.0)}
         device = torch.device("cpu")
         batches = TrainingBatches(images, spec=spec, batch_size=40, seed=0, device=device)
-        budget = Schedule(epochs=1, batch_size=40, **schedule)
+        budget = SGDSchedule(epochs=1, batch_size=40, **schedule)
         module = Supervised(small(), batches, budget, role="x")
         runtime.fit(module, batches, epochs=1)
 

@@ -2,7 +2,7 @@ r"""Hyper-parameter search: ``python -m dhbe.sweeping.search NAME [--trials N] O
 
 Overrides are those of ``run.py``; what Hydra calls a sweep is searched instead:
 
-    python -m dhbe.sweeping.search patch --trials 20 defense=dhbe_quick \
+    python -m dhbe.sweeping.search patch --trials 20 defense=dhbe \
         "defense.weights.patch=tag(log,interval(0.05,1))" "defense.patch_size=choice(3,5,7)"
 
 The study NAME lies in ``outputs/results/search.db``; the same command continues a killed one, and
