@@ -355,7 +355,7 @@ class CleanLabel(NoAttack):
 
 
 def test_clean_label_rate_is_capped_with_a_warning(images: Resident) -> None:
-    options = dict(OmegaConf.load(CONF / "attack" / "common" / "poisoning.yaml"))
+    options = dict(OmegaConf.load(CONF / "attack" / "poisoning" / "all_to_one.yaml"))
     attack = CleanLabel(spec=make_spec(balanced=False), **(options | {"poison_rate": 0.5}))
     with pytest.warns(UserWarning, match="the target class has 20"):
         codes = attack.select(images.labels, generator(0, "c"))
