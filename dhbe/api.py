@@ -78,21 +78,15 @@ def purify(
         DataError: images that cannot be read.
         DivergenceError: the purified model would hold NaN or infinite weights.
     """
-    choices = {"data": "own", "attack": "none", "model": type(model).__name__, "defense": defense}
-    choices["scale"] = scale
-    choices["budget"] = "own" if clean else "none"
     bars = [] if progress is None else [f"trainer.progress={'always' if progress else 'never'}"]
+    choices = {"data": "own", "attack": "none", "model": type(model).__name__, "scale": scale}
+    choices |= {"defense": defense, "budget": "own" if clean else "none"}
+    chosen = [f"{group}={choices[group]}" for group in ("defense", "scale", "budget")]
     tree = composed(
-        [
-            *("task=purify", "checkpoint=given", "model=resnet_tiny"),
-            *(f"defense={defense}", f"scale={scale}", f"budget={choices['budget']}", *bars),
-            *overrides,
-        ]
+        ["task=purify", "checkpoint=given", "model=resnet_tiny", *chosen, *bars, *overrides]
     )
+    tree["data"] |= {"classes": classes, "channels": channels, "image_size": image_size}
     tree["data"] |= {
-        "classes": classes,
-        "channels": channels,
-        "image_size": image_size,
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
         "test": None if test is None else str(test),
@@ -102,7 +96,14 @@ def purify(
     network = copied(model).to(device="cpu", dtype=torch.float32).eval()
     notes = fitted(network, tree["data"])
     tree, choices = with_trigger(tree, choices)
-    parts = assemble(tree, InMemoryVictim(network, notes))
+    return _purified(tree, choices, InMemoryVictim(network, notes), report)
+
+
+def _purified(
+    tree: dict[str, Any], choices: dict[str, str], source: InMemoryVictim, report: str | Path | None
+) -> nn.Module:
+    """The run itself, in a folder that stays only as a ``report``; see ``purify``."""
+    parts = assemble(tree, source)
     with TemporaryDirectory() as scratch:
         folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
         if report is None:
