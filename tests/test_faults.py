@@ -288,7 +288,7 @@ def test_bad_images_are_named_and_skipped_only_when_asked(folder: Path, kind: st
     splits = images.load()
     assert splits is not None
     assert splits.test.labels.tolist() == [0, 0, 2, 2]
-    assert images.skipped == [str(folder / "2" / "bad.png")]
+    assert splits.skipped == (str(folder / "2" / "bad.png"),)
 
 
 def test_folders_that_are_not_the_classes_are_refused(folder: Path) -> None:

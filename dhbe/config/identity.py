@@ -24,8 +24,6 @@ SWITCHES = {"tf32": False, "compile": "never"}
 """Trainer options that change the rounding, and what leaves it as it is: then they name no cell."""
 IDLE = ("progress", "recompute", "count")
 """Trainer options that change no result."""
-FORMER = {"clean_baseline": "floor"}
-"""Keys that are hashed under a former name, so that results keep theirs."""
 NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
 """Options that change neither case nor method, or that the names tell."""
 LATER = {**SWITCHES, "recompute": False, "count": False}
@@ -44,7 +42,7 @@ def cell(tree: dict[str, Any]) -> str:
     Where a machine keeps its data sets and this package is left out of it, for data sets of known
     size; what others hold is known by where they lie and by the state of their files.
     """
-    kept = {FORMER.get(k, k): v for k, v in tree.items() if k not in CELL_EXCLUDED}
+    kept = {k: v for k, v in tree.items() if k not in CELL_EXCLUDED}
     data = kept.get("data")
     if isinstance(data, dict) and data.get("train_size"):
         roots = [tree["paths"]["data"], str(PACKAGE)]

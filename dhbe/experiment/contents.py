@@ -50,9 +50,9 @@ def save_weights(
 
 def write(folder: Path, outcome: Outcome, metrics: dict[str, Any]) -> None:
     """Everything but the weights; the pages last, because they read the folder."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(outcome.config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(outcome.setting.config, sort_keys=False))
     write_predictions(folder, outcome)
-    recorder = outcome.runtime.recorder
+    recorder = outcome.setting.runtime.recorder
     rows = [{"stage": "victim", **r} for r in outcome.victim.curves]
     rows += [{"stage": "defense", **r} for r in recorder.rows]
     pd.DataFrame(rows).to_csv(folder / "curves.csv", index=False)
@@ -72,12 +72,12 @@ def write(folder: Path, outcome: Outcome, metrics: dict[str, Any]) -> None:
 def write_predictions(folder: Path, outcome: Outcome) -> None:
     """``predictions.npz``, from which every rate can be counted again, and some examples."""
     arrays: dict[str, Any] = {}
-    if outcome.evaluator is not None:
-        arrays |= vars(outcome.evaluator.truth)
+    if outcome.setting.evaluator is not None:
+        arrays |= vars(outcome.setting.evaluator.truth)
         for role, found in (("victim", outcome.before), ("purified", outcome.after)):
             assert found is not None
             arrays |= {f"{role}_{k}": v for k, v in vars(found).items() if v is not None}
-        clean, triggered, index = outcome.evaluator.examples(EXAMPLES)
+        clean, triggered, index = outcome.setting.evaluator.examples(EXAMPLES)
         examples: dict[str, Any] = {"clean": clean, "index": index}
         if triggered is not None:
             examples["triggered"] = triggered

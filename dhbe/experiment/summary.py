@@ -21,9 +21,9 @@ GROUPS = ("data", "model", "attack", "defense", "budget", "scale")
 
 def metrics(outcome: Outcome) -> dict[str, Any]:
     """Everything that ``metrics.json`` holds."""
-    truth = None if outcome.evaluator is None else outcome.evaluator.truth
+    truth = None if outcome.setting.evaluator is None else outcome.setting.evaluator.truth
     found = summarize(outcome.before, outcome.after, truth) | circumstances(outcome)
-    found |= {g: outcome.choices.get(g) or "custom" for g in GROUPS}
+    found |= {g: outcome.setting.choices.get(g) or "custom" for g in GROUPS}
     if outcome.evidence is not None:
         found["evidence"] = outcome.evidence.as_dict()
     found |= detection(outcome)
@@ -34,15 +34,16 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
 
 def circumstances(outcome: Outcome) -> dict[str, Any]:
     """What was run, where and how long it took."""
-    victim, runtime, trainer = outcome.victim, outcome.runtime, outcome.parts.trainer
-    seconds = outcome.clock.seconds | {"victim": victim.seconds}
+    victim, setting = outcome.victim, outcome.setting
+    runtime, trainer, clock = setting.runtime, setting.parts.trainer, setting.clock
+    seconds = clock.seconds | {"victim": victim.seconds}
     counted = {"victim": victim.work, "defense": runtime.work_total.work}
     poisoned = float((victim.codes == POISON).float().mean()) if len(victim.codes) else None
     return {
-        "cell": identity.cell(outcome.config),
-        "selection": outcome.parts.defense.selection,
-        "seed": outcome.config["seed"],
-        "poison_rate": outcome.parts.attack.poison_rate,
+        "cell": identity.cell(setting.config),
+        "selection": setting.parts.defense.selection,
+        "seed": setting.config["seed"],
+        "poison_rate": setting.parts.attack.poison_rate,
         "poisoned": poisoned,
         "seconds": {"defense": 0.0, "evaluate": 0.0} | seconds,
         "flops": {k: w and w.flops for k, w in counted.items()},
@@ -50,8 +51,8 @@ def circumstances(outcome: Outcome) -> dict[str, Any]:
         "trained_seconds": {k: w and w.seconds for k, w in counted.items()},
         "peak_flops": work.peak(trainer.device),
         "cached_victim": victim.cached,
-        "peak_memory_mb": max(outcome.clock.peaks.values()),
-        "stage_peak_memory_mb": outcome.clock.peaks,
+        "peak_memory_mb": max(clock.peaks.values()),
+        "stage_peak_memory_mb": clock.peaks,
         "precision": trainer.precision,
         "device": str(trainer.device),
         "device_name": work.device_name(trainer.device),
@@ -63,12 +64,12 @@ def circumstances(outcome: Outcome) -> dict[str, Any]:
 
 def detection(outcome: Outcome) -> dict[str, Any]:
     """The classes that a detector suspects, beside the attack's targets (None: not known)."""
-    suspected = outcome.runtime.recorder.suspected
+    suspected = outcome.setting.runtime.recorder.suspected
     if suspected is None:
         return {}
     targets = None
-    if outcome.evaluator is not None and outcome.parts.attack.active:
-        truth = outcome.evaluator.truth
+    if outcome.setting.evaluator is not None and outcome.setting.parts.attack.active:
+        truth = outcome.setting.evaluator.truth
         targets = np.unique(truth.goal[truth.eligible]).tolist()
     return {"suspected": {"classes": suspected, "targets": targets}}
 
