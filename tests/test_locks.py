@@ -17,7 +17,7 @@ import sys, time, fcntl
 from pathlib import Path
 if sys.argv[2] == "nolock":
     fcntl.flock = lambda *_: None  # as on a network file system that keeps locks to each machine
-from dhbe.locks import exclusive
+from dhbe.core.locks import exclusive
 path = Path(sys.argv[1])
 with exclusive(path):
     inside = path.with_name("inside")
