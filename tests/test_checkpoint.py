@@ -204,6 +204,7 @@ def test_weights_that_shared_their_place_are_not_mixed_up(tmp_path: Path) -> Non
 
 def test_texts_of_a_file_are_never_evaluated(tmp_path: Path, compose_config, monkeypatch) -> None:
     """Names of tensors end up in the config's notes; as interpolations they could read secrets."""
+    from dhbe.config.resolution import resolved
     from dhbe.config.schema import plain
     from dhbe.experiment.assembly import assemble
 
@@ -215,7 +216,7 @@ def test_texts_of_a_file_are_never_evaluated(tmp_path: Path, compose_config, mon
         *("task=purify", f"checkpoint={tmp_path}/given.pt", "model=resnet_tiny"),
         *("model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
     )
-    tree, _ = completed(plain(cfg), {})
+    tree, _ = resolved(plain(cfg), {})
     said = " ".join(assemble(tree).source.assumed)
     assert "${oc.env:SECRET}" in said
     assert "key-0123" not in said

@@ -146,7 +146,8 @@ def test_a_sweep_shares_victims_and_names_cells(finished: Path) -> None:
 def test_own_checkpoint_without_and_with_data(finished: Path) -> None:
     file = finished / "one" / "purified.safetensors"
     probe = ("probe.images=12", "probe.steps=2", "probe.width=4")
-    base = ("victim=checkpoint", f"victim.path={file}", "model.widths=[16,24]", *probe)
+    base = ("victim=checkpoint", f"victim.path={file}", "attack=none", *probe)
+    base = (*base, "model.widths=[16,24]")
     with_data = run(finished, *base, "data.limit=300", "defense=clp", "hydra.run.dir=own")
     assert with_data.returncode == 0, with_data.stderr
     m = metrics(finished / "own")

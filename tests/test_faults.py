@@ -237,6 +237,7 @@ def test_evaluation_halves_its_batch_when_memory_runs_out(error: RuntimeError) -
 def own(folder: Path, **changes) -> OwnImages:
     spec = make_spec()
     known = {"classes": 3, "channels": 3, "image_size": spec.image_size, "normalization": "half"}
+    known |= {"order": None, "content": ""}
     known |= {"name": "own", "flip": False, "crop_padding": 0, "clean": None, "test": str(folder)}
     return OwnImages(**(known | {"skip_unreadable": False} | changes))
 

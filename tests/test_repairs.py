@@ -883,4 +883,4 @@ def test_detectors_name_the_target_class(
         runtime = make_runtime()
         victim = Suspect(network=network, architecture="toy", spec=network.spec)
         repairing(name, compose_config, {})(victim, toy_data(attack, given), runtime)
-        assert expected in runtime.recorder.notes[0]
+        assert any(expected in note for note in runtime.recorder.notes)

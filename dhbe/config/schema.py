@@ -166,13 +166,15 @@ def validate(tree: dict[str, Any], groups: Iterable[str] = GROUPS) -> None:
     Raises:
         ConfigError: lists everything that is wrong, one line each.
     """
-    found = list(value_errors(tree))
+    found: list[str] = []
     for group in groups:
         node = tree.get(group)
         if not isinstance(node, dict) or not isinstance(node.get(TARGET), str):
             found.append(str(got(group, node, f"one of the configs in conf/{group}")))
     for group, node in tree.items():
         found += errors_in(node, group, frozenset(SUPPLIED.get(group, ())))
+    named = {message.split("=")[0] for message in found}
+    found += [message for message in value_errors(tree) if message.split("=")[0] not in named]
     if found:
         raise ConfigError("\n".join(sorted(found)))
 
