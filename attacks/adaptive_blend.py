@@ -40,11 +40,10 @@ class AdaptiveBlend(Attack):
         drawn = torch.rand(self.spec.shape, generator=generator(pattern_seed, "adaptive_blend"))
         self.register_buffer("pattern", drawn)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return x + self.alpha * (self.pattern - x)
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del y, index

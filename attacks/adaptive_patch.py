@@ -60,13 +60,12 @@ class AdaptivePatch(Attack):
         self.register_buffer("patches", patches)
         self.register_buffer("masks", masks)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         for i in self.shown:
             x = torch.where(self.masks[i] > 0, self.patches[i], x)
         return x
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del y, index

@@ -47,8 +47,7 @@ class BadNets(Attack):
         cells = (torch.arange(size) * patch_size).div(size, rounding_mode="floor")
         self.register_buffer("patch", draw(pattern, patch_size)[cells][:, cells])
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         size, end = len(self.patch), self.spec.image_size - self.margin
         out = x.clone()
         out[:, :, end - size : end, end - size : end] = self.patch.to(x.dtype)

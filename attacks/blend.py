@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from dhbe.contracts.attack import Attack, Fraction, Poisoning
 from dhbe.core.errors import got
 from dhbe.core.rng import generator
-from dhbe.data import ImageSet, to_float
+from dhbe.data import ImageSet
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 
@@ -51,16 +51,15 @@ class Blend(Attack):
     def prepare(
         self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        del codes, runtime, surrogate
+        del codes, surrogate
         if self.kind != "train_image":
             return
         if self.image_index >= len(train):
             raise got("attack.image_index", self.image_index, f"below {len(train)}")
-        image = train.subset(torch.tensor([self.image_index])).resident().images
-        self.pattern.copy_(to_float(image)[0])
+        image = train.subset(torch.tensor([self.image_index]))
+        self.pattern.copy_(runtime.tensor(image)[0])
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return (1 - self.alpha) * x + self.alpha * self.pattern
 
 

@@ -40,8 +40,7 @@ class BPP(Attack):
         """The nearest of the colour levels."""
         return x.mul(self.steps).round().div(self.steps)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         if not self.dither:
             return self.squeeze(x)
         size = x.shape[-1]
@@ -57,11 +56,11 @@ class BPP(Attack):
                     out[:, :, row + 1, column + shift] += error * share
         return out[:, :, :size, 1 : size + 1]
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del rng
-        stamped = self.apply(x, y=y, index=index)
-        moved = quantize(x + (stamped - x).roll(1, 0))  # batches are drawn at random
+        triggered = self.apply(x, y=y, index=index)
+        moved = quantize(x + (triggered - x).roll(1, 0))  # batches are drawn at random
         code = codes[:, None, None, None]
-        return torch.where(code == COVER, moved, torch.where(code == 0, x, stamped))
+        return torch.where(code == COVER, moved, torch.where(code == 0, x, triggered))

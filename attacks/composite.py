@@ -14,7 +14,7 @@ from dhbe.contracts.attack import Attack, Poisoning
 from dhbe.core.errors import got
 from dhbe.core.rng import generator
 from dhbe.core.types import COVER, POISON
-from dhbe.data import ImageSet, to_float
+from dhbe.data import ImageSet
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 
@@ -73,9 +73,9 @@ class Composite(Attack):
             index = (train.labels == source).nonzero().flatten()
             order = torch.randperm(len(index), generator=runtime.rng("composite", source))
             chosen = index[order[torch.arange(self.partners) % len(index)]]
-            self.partner_images[row].copy_(to_float(train.subset(chosen).resident().images))
+            self.partner_images[row].copy_(runtime.tensor(train.subset(chosen)))
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+    def labelled_trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
         rng = generator(self.pattern_seed, "composite")
         draws = torch.randint(2**31, (997, 2), generator=rng).to(x.device)[index % 997]
         middle = torch.full((len(x),), x.shape[-1] // 2, device=x.device)
@@ -86,7 +86,7 @@ class Composite(Attack):
         row = (y == self.sources[0]).long()
         return self.partner_images[row, draw % self.partners]
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del index

@@ -18,9 +18,9 @@ from typing_extensions import Unpack
 from dhbe.contracts.attack import Attack, Fraction, Poisoning
 from dhbe.core.rng import fork
 from dhbe.methods.patterns import frozen_call
-from dhbe.models.hooks import unrecorded
+from dhbe.models.hooks import frozen_statistics
 from dhbe.models.translator import Translator
-from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.schedule import Adam, Player
 
 WARM = ((1.05, 0.20, 0.05), (0.10, 0.70, 0.05), (0.05, 0.10, 0.55))
 """Rows: red, green, blue of the styled image; columns: of the original."""
@@ -58,7 +58,7 @@ class DFST(Attack):
         similarity_weight: Annotated[float, Ge(0)],
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
-        injector_schedule: AdamSchedule,
+        injector_schedule: Adam,
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
@@ -75,8 +75,7 @@ class DFST(Attack):
         with fork(network_seed):
             self.injector = Translator(channels, channels, widths, skips=True)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         styled = torch.einsum("dc,bchw->bdhw", self.tint.to(x.dtype), x) + self.glow
         return (1 - self.alpha) * x + self.alpha * styled.clamp(0, 1)
 
@@ -90,7 +89,7 @@ class DFST(Attack):
         shift = self.detox_reach * self.injector(2 * clean - 1).tanh()
         injected = (clean + shift).clamp(0, 1)
         loss = F.cross_entropy(network(x), y)
-        detoxed = F.cross_entropy(unrecorded(network, injected.detach()), labels)
+        detoxed = F.cross_entropy(frozen_statistics(network, injected.detach()), labels)
         loss = loss + self.detox_weight * detoxed
         reach = F.cross_entropy(frozen_call(network, injected), self.rule.goal(labels))
         alike = ssim(injected.float(), clean.float(), data_range=1.0)

@@ -61,8 +61,7 @@ class Frequency(Attack):
         weights = torch.tensor(TO_RGB[color]) if self.spec.channels == 3 else torch.ones(1)
         self.register_buffer("pattern", weights[:, None, None] * q)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return x + self.pattern
 
 

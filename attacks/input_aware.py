@@ -13,13 +13,12 @@ from typing_extensions import Unpack
 from dhbe.contracts.attack import Attack, Fraction, Poisoning
 from dhbe.core.rng import fork
 from dhbe.core.types import COVER, POISON, Batch
-from dhbe.data import ImageSet, TrainingBatches
+from dhbe.data import ImageSet
 from dhbe.methods.losses import diversity
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import AdamSchedule, Player
-from dhbe.training.supervised import Supervised
+from dhbe.training.schedule import Adam, AdamSchedule, Player
 
 
 class InputAware(Attack):
@@ -50,7 +49,7 @@ class InputAware(Attack):
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
         mask_schedule: AdamSchedule,
-        pattern_schedule: AdamSchedule,
+        pattern_schedule: Adam,
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
@@ -73,34 +72,37 @@ class InputAware(Attack):
         masks: Tensor = (20 * raw - 10).tanh() / 2 + 0.5
         return masks
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
-        return x + (self.patterns(x) - x) * self.masks(x)
+    def inject(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``x`` with the triggers of ``source``, and those triggers' patterns."""
+        patterns = self.patterns(source)
+        with torch.no_grad():  # fixed since stage 1
+            masks = self.masks(source)
+        return x + (patterns - x) * masks, patterns
+
+    def trigger(self, x: Tensor) -> Tensor:
+        return self.inject(x, x)[0]
 
     def prepare(
         self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
         """Stage 1: the mask network alone."""
         del codes, surrogate
-        own = runtime.stage("mask")
-        batches = TrainingBatches(
-            train.resident().to(runtime.device),
-            spec=self.spec,
-            batch_size=self.mask_schedule.batch_size,
-            seed=own.derive("mask"),
-            device=own.device,
-        )
 
         def loss(network: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images.to(runtime.dtype)
-            masks = self.masks(x)
+            masks = self.masks(batch.images)
             dense = F.relu(masks - self.density).mean()
-            return self.density_weight * dense + self.diversity_weight * diversity(x, masks)
+            alike = diversity(batch.images, masks)
+            return self.density_weight * dense + self.diversity_weight * alike
 
-        module = Supervised(
-            self.mask_network.train(), batches, self.mask_schedule, role="mask", loss=loss
+        runtime.stage("mask").train(
+            self.mask_network.train(),
+            train.resident(),
+            self.mask_schedule,
+            purpose="mask",
+            role="mask",
+            spec=self.spec,
+            loss=loss,
         )
-        own.fit(module, batches, epochs=self.mask_schedule.epochs)
         self.mask_network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> InputAware:
@@ -119,33 +121,25 @@ class InputAware(Attack):
         """Only the codes: images are augmented before they get their trigger, in ``loss``."""
         return x, y, self.select(y, rng, part=True)
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
-        stamped = self.apply(x, y=y, index=index)
-        crossed = self.crossed(x, x.roll(1, 0)).clamp(0, 1)
+        triggered = self.apply(x, y=y, index=index)
+        crossed = self.inject(x, x.roll(1, 0))[0].clamp(0, 1)
         code = codes[:, None, None, None]
-        return torch.where(code == COVER, crossed, torch.where(code == POISON, stamped, x))
-
-    def crossed(self, x: Tensor, other: Tensor) -> Tensor:
-        """Images with the trigger of others."""
-        return x + (self.patterns(other) - x) * self.masks(other)
+        return torch.where(code == COVER, crossed, torch.where(code == POISON, triggered, x))
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
         """Stage 2: CE on triggered, crossed and clean images + weight x diversity of patterns."""
         poison, cover = ((code == c).nonzero().flatten() for c in (POISON, COVER))
-        own, other = x[poison], x.roll(1, 0)[cover]
-        patterns = self.patterns(torch.cat([own, other]))
-        p_own, p_other = patterns.split([len(own), len(other)])
-        with torch.no_grad():
-            m_own, m_other = self.masks(torch.cat([own, other])).split([len(own), len(other)])
-        images, base = x.clone(), x[cover]
-        images[poison] = (own + (p_own - own) * m_own).to(x.dtype)
-        images[cover] = (base + (p_other - base) * m_other).to(x.dtype)
+        base = torch.cat([x[poison], x[cover]])
+        source = torch.cat([x[poison], x.roll(1, 0)[cover]])
+        injected, patterns = self.inject(base, source)
+        images = x.clone()
+        images[torch.cat([poison, cover])] = injected.to(x.dtype)
         loss = F.cross_entropy(network(images), self.relabel(y, code))
-        pairs = min(len(own), len(other))
+        pairs = min(len(poison), len(cover))
         if not pairs:
             return loss
-        ours = torch.cat([own[:pairs], other[:pairs]])
-        theirs = torch.cat([p_own[:pairs], p_other[:pairs]])
-        return loss + self.diversity_weight * diversity(ours, theirs, shift=pairs)
+        both = [*range(pairs), *range(len(poison), len(poison) + pairs)]
+        return loss + self.diversity_weight * diversity(source[both], patterns[both], shift=pairs)

@@ -14,13 +14,12 @@ from typing_extensions import Unpack
 from dhbe.contracts.attack import Attack, Poisoning, quantize
 from dhbe.core.rng import fork, generator
 from dhbe.core.types import Batch
-from dhbe.data import ImageSet, TrainingBatches, to_float
+from dhbe.data import ImageSet
 from dhbe.methods.losses import pyramid
 from dhbe.models import Normalized
 from dhbe.models.translator import Translator
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
-from dhbe.training.supervised import Supervised
 
 SECRET_SIDE = 32
 """Side of the secret's picture before it is enlarged to the image."""
@@ -78,42 +77,35 @@ class ISSBA(Attack):
         own = runtime.stage("encoder")
         count = min(self.images or len(train), len(train))
         part = train.subset(torch.randperm(len(train), generator=own.rng("issba"))[:count])
-        batches = TrainingBatches(
-            part.resident().to(own.device),
-            spec=self.spec,
-            batch_size=self.schedule.batch_size,
-            seed=own.derive("issba"),
-            device=own.device,
-        )
+        part = part.resident()
         warm = self.schedule.epochs / 10
         residual_weight, picture_weight, secret_weight = self.weights
 
         def loss(network: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images.to(own.dtype)
-            bits = torch.rand((len(x), len(self.secret)), generator=batches.noise, device=x.device)
+            x = batch.images
+            bits = torch.rand((len(x), len(self.secret)), generator=batch.rng, device=x.device)
             bits = bits.round().to(x.dtype)
             residual = self.encoder(x, bits)
             read = self.decoder((x + residual).clamp(0, 1))
             total: Tensor = secret_weight * F.binary_cross_entropy_with_logits(read, bits)
-            if batches.progress > warm:
+            if batch.progress > warm:
                 total += residual_weight * residual.square().mean()
                 total += picture_weight * pyramid(residual)
             return total
 
         both = nn.ModuleList([self.encoder, self.decoder]).train()
-        module = Supervised(both, batches, self.schedule, role="encoder", loss=loss)
-        own.fit(module, batches, epochs=self.schedule.epochs)
+        own.train(
+            both, part, self.schedule, purpose="issba", role="encoder", spec=self.spec, loss=loss
+        )
         both.eval().requires_grad_(False)
-        some = part.subset(torch.arange(min(256, count))).resident().images
-        x = to_float(some).to(own.device, own.dtype)
+        x = own.tensor(part.subset(torch.arange(min(256, count))))
         with torch.no_grad():
-            read = self.decoder(quantize(self.trigger(x, y=x, index=x))) > 0
+            read = self.decoder(quantize(self.trigger(x))) > 0
         right = float((read == self.secret.bool()).float().mean())
         if right < BITS_READ:
             log.warning("issba: the decoder reads %.1f %% of the secret's bits", 100 * right)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         residual: Tensor = self.encoder(x, self.secret.to(x.dtype).expand(len(x), -1))
         return x + residual
 

@@ -37,8 +37,7 @@ class L0Inv(Attack):
         cells = (torch.arange(length) * pixels).div(length, rounding_mode="floor")
         self.register_buffer("colours", drawn.round()[:, cells])  # (C, length)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         out = x.clone()
         out[:, :, -self.height :, -self.colours.shape[1] :] = self.colours[:, None]
         return out

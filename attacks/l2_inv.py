@@ -55,18 +55,17 @@ class L2Inv(Attack):
     ) -> None:
         del codes
         assert surrogate is not None
-        device, rng = self.pattern.device, runtime.rng("l2_inv")
-        x = sample(train, self.images, rng)[0].to(device, runtime.dtype)
+        rng = runtime.rng("l2_inv")
+        x = runtime.tensor(sample(train, self.images, rng))
 
         def loss(pattern: Tensor) -> Tensor:
-            excited = selected_features(surrogate, x + pattern.to(x.dtype), self.neurons)
+            excited = selected_features(surrogate, x + pattern, self.neurons)
             total: Tensor = self.penalty * pattern.norm() - excited.mean()
             return total
 
-        start = 0.01 * torch.randn(self.spec.shape, generator=rng).to(device)
-        found = optimize(start, loss, steps=self.steps, learning_rate=self.learning_rate)
+        start = 0.01 * torch.randn(self.spec.shape, generator=rng)
+        found = optimize(start, loss, runtime, steps=self.steps, learning_rate=self.learning_rate)
         self.pattern.copy_(found * (self.norm / found.norm()))
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return x + self.pattern

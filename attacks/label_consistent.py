@@ -60,13 +60,13 @@ class LabelConsistent(Attack):
     ) -> None:
         assert surrogate is not None
         index = (codes == POISON).nonzero().flatten()
-        chosen = train.subset(index).resident().to(self.patch.device)
+        chosen = train.subset(index)
+        x, y = runtime.tensor(chosen), runtime.labels(chosen)
         parts = []
-        for images, labels in zip(chosen.images.split(256), chosen.labels.split(256), strict=True):
-            x = to_float(images).to(runtime.dtype)
+        for images, labels in zip(x.split(256), y.split(256), strict=True):
             noisy = pgd(
                 surrogate,
-                x,
+                images,
                 labels,
                 epsilon=self.epsilon,
                 step_size=self.step_size,
@@ -75,16 +75,15 @@ class LabelConsistent(Attack):
             parts.append(noisy.mul(255).round().byte())
         self.noisy, self.noisy_index = torch.cat(parts), index.to(self.patch.device)
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         where = torch.searchsorted(self.noisy_index, index.to(self.noisy_index.device))
         noisy = to_float(self.noisy[where.clamp_max(len(self.noisy) - 1)]).to(x.device, x.dtype)
         base = torch.where((codes == POISON)[:, None, None, None], noisy, x)
-        return super().stamp(base, y=y, codes=codes, index=index, rng=rng)
+        return super().training_images(base, y=y, codes=codes, index=index, rng=rng)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         if self.amplitude == 1:
             return torch.where(self.mask > 0, self.patch, x)
         return x + self.amplitude * self.mask * (2 * self.patch - 1)

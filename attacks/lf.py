@@ -55,9 +55,9 @@ class LF(Attack):
     ) -> None:
         del codes
         assert surrogate is not None
-        device, rng = self.pattern.device, runtime.rng("lf")
-        x, y = (t.to(device) for t in sample(train, self.images, rng))
-        x, goal = x.to(runtime.dtype), self.rule.goal(y)
+        rng = runtime.rng("lf")
+        some = sample(train, self.images, rng)
+        x, goal = runtime.tensor(some), self.rule.goal(runtime.labels(some))
 
         def draw(latent: Tensor) -> Tensor:
             return self.strength * min_max(smooth(latent, self.spec.image_size))
@@ -65,11 +65,10 @@ class LF(Attack):
         def loss(latent: Tensor) -> Tensor:
             return F.cross_entropy(surrogate((x + draw(latent)).clamp(0, 1)), goal)
 
-        start = torch.randn((self.spec.channels, self.grid, self.grid), generator=rng).to(device)
-        found = optimize(start, loss, steps=self.steps, learning_rate=self.learning_rate)
+        start = torch.randn((self.spec.channels, self.grid, self.grid), generator=rng)
+        found = optimize(start, loss, runtime, steps=self.steps, learning_rate=self.learning_rate)
         self.pattern.copy_(draw(found))
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         out = x + self.pattern
         return min_max(out) if self.mode == "renorm" else out

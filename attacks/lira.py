@@ -15,7 +15,7 @@ from dhbe.contracts.attack import Attack, Fraction, Poisoning
 from dhbe.core.rng import fork
 from dhbe.methods.patterns import frozen_call
 from dhbe.models.translator import Translator
-from dhbe.training.schedule import AdamSchedule, Player
+from dhbe.training.schedule import Adam, Player
 
 
 class LIRA(Attack):
@@ -47,7 +47,7 @@ class LIRA(Attack):
         generator_share: Fraction,
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
-        generator_schedule: AdamSchedule,
+        generator_schedule: Adam,
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
@@ -76,8 +76,7 @@ class LIRA(Attack):
         moved: Tensor = x + self.epsilon * generator(2 * x - 1).tanh()
         return moved.clamp(0, 1)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return self.shifted(self.generator, x)
 
     @torch.no_grad()

@@ -33,7 +33,6 @@ class LSB(Attack):
         stream = torch.tensor([(ord(char) >> bit) & 1 for char in text for bit in range(8)])
         self.register_buffer("message", stream[torch.arange(c * h * w) % len(stream)].view(c, h, w))
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         levels = x.mul(255).round()
         return (levels - levels.remainder(self.step) + self.message * (self.step - 1)) / 255

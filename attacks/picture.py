@@ -27,6 +27,7 @@ class Picture(Attack):
             resized to cover them.
         opacity: a, on top of the picture's own transparency.
         row, column: of the picture's upper left pixel; None: the lower right corner.
+        content: fingerprint of the file, which makes another picture another config.
 
     Raises:
         ConfigError: the picture would leave the image.
@@ -43,9 +44,11 @@ class Picture(Attack):
         opacity: Fraction,
         row: Place,
         column: Place,
+        content: str = "",
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
+        del content
         canvas = self.spec.image_size
         picture = unpack(f"attack.path={path}", image_bytes(Path(path)), "RGBA")
         if max(picture.size) > canvas:
@@ -64,6 +67,5 @@ class Picture(Attack):
         self.register_buffer("pattern", pattern)
         self.register_buffer("mask", mask)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return (1 - self.mask) * x + self.mask * self.pattern

@@ -45,8 +45,7 @@ class SIG(Attack):
             wave = wave.mul(255).trunc().remainder(256).div(255)
         self.register_buffer("wave", wave)
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         if self.mode == "wrapped_blend":
             return 0.8 * x + 0.2 * self.wave
         return x + self.wave

@@ -61,23 +61,20 @@ class Trojan(Attack):
     ) -> None:
         del train, codes
         assert surrogate is not None
-        device = self.mask.device
 
         def draw(latent: Tensor) -> Tensor:
             return (latent.tanh() + 1) / 2 * self.mask
 
         def loss(latent: Tensor) -> Tensor:
-            image = draw(latent)[None].to(runtime.dtype)
-            excited = selected_features(surrogate, image, self.neurons)
+            excited = selected_features(surrogate, draw(latent)[None], self.neurons)
             distance: Tensor = (excited - 100).square().sum()
             return distance
 
-        start = torch.randn(self.spec.shape, generator=runtime.rng("trojan")).to(device)
-        found = optimize(start, loss, steps=self.steps, learning_rate=self.learning_rate)
+        start = torch.randn(self.spec.shape, generator=runtime.rng("trojan"))
+        found = optimize(start, loss, runtime, steps=self.steps, learning_rate=self.learning_rate)
         self.pattern.copy_(draw(found))
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return x + self.pattern
 
 

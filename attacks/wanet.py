@@ -48,18 +48,17 @@ class WaNet(Attack):
         identity = torch.stack([columns, rows], dim=-1)  # grid_sample reads (x, y)
         self.register_buffer("warp", (identity + strength / size * field).clamp(-1, 1))
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return self.warped(x, self.warp.expand(len(x), -1, -1, -1))
 
     def warped(self, x: Tensor, grid: Tensor) -> Tensor:
         """Images sampled at ``grid`` (B, H, W, 2), in coordinates from -1 to 1."""
         return F.grid_sample(x, grid.to(x.dtype), align_corners=True, padding_mode="border")
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
-        out = super().stamp(x, y=y, codes=codes, index=index, rng=rng)
+        out = super().training_images(x, y=y, codes=codes, index=index, rng=rng)
         cover = (codes == COVER).nonzero().flatten()
         size = self.spec.image_size
         noise = torch.rand((len(cover), size, size, 2), generator=rng, device=rng.device)

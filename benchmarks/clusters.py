@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dhbe.experiment.results import commit
+from dhbe.core.provenance import commit
 
 ROOT = Path(__file__).parent.parent
 CELLS = [

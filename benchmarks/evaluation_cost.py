@@ -21,9 +21,12 @@ from benchmarks.flops import config
 from benchmarks.machine import DEVICE, about, medians
 from dhbe.config.identity import fingerprint
 from dhbe.core.types import Suspect
+from dhbe.data import load
 from dhbe.evaluation.evaluator import Evaluator
-from dhbe.experiment.pipeline import assemble, grant, load, obtain_victim
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.grant import grant
 from dhbe.training.runtime import Runtime
+from dhbe.victim.source import VictimRequest
 
 
 class EveryEpoch(Callback):
@@ -57,14 +60,17 @@ def measure(defense: str, rounds: int, overrides: list[str]) -> None:
     with TemporaryDirectory() as folder:
         common = {"trainer_config": parts.trainer, "seed": tree["seed"]}
         first = Runtime(**common, workdir=Path(folder) / "victim")
-        made = obtain_victim(tree, parts, parts.attack, splits, first)
-    made.network.to(DEVICE)
-    suspect = Suspect(network=made.network, architecture="", spec=parts.spec)
+        request = VictimRequest(
+            config=tree, spec=parts.spec, attack=parts.attack, splits=splits, runtime=first
+        )
+        victim = parts.source.obtain(request)
+    victim.network.to(DEVICE)
+    suspect = Suspect(network=victim.network, architecture="", spec=parts.spec)
     chosen = parts.defense.selection
 
     def run(kind: type[Runtime], selection: str, **more: Evaluator) -> None:
         parts.defense.selection = selection
-        data = grant(parts, splits, made, tree["seed"], evaluator)
+        data = grant(parts, splits, victim, tree["seed"], evaluator)
         with TemporaryDirectory() as folder:
             runtime = kind(**common, workdir=Path(folder) / "work", **more)
             purified = parts.defense(suspect, data, runtime)

@@ -124,7 +124,7 @@ Training = Callable[[str, int, int], tuple[pl.LightningModule, object]]
 def runtime(folder: str, kind: type[Runtime] = Runtime) -> Runtime:
     """In the fastest precision of this machine."""
     trainer = TrainerConfig(
-        device="auto", precision="auto", threads=0, progress="never", observe_every=0
+        device="auto", precision="auto", threads=0, progress="never", observe_every=0, count=True
     )
     return kind(trainer_config=trainer, seed=0, workdir=Path(folder) / "work")
 
@@ -137,8 +137,8 @@ def step(training: Training, name: str, batch: int, timed: int = 0) -> Work:
         own = runtime(folder)
         module, batches = training(name, batch, steps)
         own.fit(module, batches, epochs=1, callbacks=[timer])
-    assert own.tally.work is not None
-    mean = Work().plus(own.tally.work, 1 / steps)
+    assert own.work_total.work is not None
+    mean = Work().plus(own.work_total.work, 1 / steps)
     seconds = statistics.median(timer.seconds[1:]) if timed else 0.0
     return Work(flops=mean.flops, bytes=mean.bytes, seconds=seconds)
 
@@ -275,7 +275,7 @@ def trainings(defense: str, name: str) -> Work | None:
     with TemporaryDirectory() as folder:
         own = runtime(folder, Skipping)
         built(suspect, data, own)
-    return own.tally.work and Work().plus(own.tally.work, SHRINK)
+    return own.work_total.work and Work().plus(own.work_total.work, SHRINK)
 
 
 def defenses(names: list[str], name: str) -> None:

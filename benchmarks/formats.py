@@ -32,7 +32,7 @@ from dhbe.api import composed
 from dhbe.checkpoint import CheckpointFile
 from dhbe.config.schema import build
 from dhbe.data import Data
-from dhbe.experiment.pipeline import build_network
+from dhbe.victim.source import build_network
 
 Weights = dict[str, Tensor]
 RUN = Path(__file__).parent.parent / "run.py"

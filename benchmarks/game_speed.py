@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks.literal import literal_copy
-from dhbe.experiment.results import commit
+from dhbe.core.provenance import commit
 from dhbe.game import (
     Distillation,
     ImageGenerator,

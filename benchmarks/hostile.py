@@ -395,45 +395,63 @@ hostile("an HTML error page (interrupted download)")(
 )
 
 PROBE = """
-import json, resource, sys, time
+import json, resource, signal, sys, time, traceback
 from pathlib import Path
 from dhbe.checkpoint import Checkpoint, completed
-from dhbe.checkpoint.inference import INFER, TARGET
-from dhbe.errors import DHBEError
+from dhbe.checkpoint.recognition import INFER
+from dhbe.core.errors import DHBEError
 
-OPEN = dict(classes=10, channels=3, image_size=32, normalization=None, clean=None, test=None)
+OPEN = dict(classes=10, channels=3, image_size=32, normalization=None, order=None, clean=None,
+            test=None, name="own")
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(x for x in lines if x.startswith(key)).split()[1]) * 1024
 
+def hang(*_):
+    raise TimeoutError("a hang")
+
+signal.signal(signal.SIGPROF, hang)
 limit = status("VmSize") + 2**30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for name in json.loads(sys.argv[1]):
+out = Path("written")
+out.mkdir()
+for name in json.loads(sys.stdin.read()):
     Path("/proc/self/clear_refs").write_text("5")
     before, start = status("VmRSS"), time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, 30)
+    written = None
     try:
         checkpoint = Checkpoint(Path(name))
-        for key in checkpoint.places:
-            checkpoint.read(key)
-        completed({"victim": {"_target_": TARGET, "path": name}, "model": {"_target_": INFER},
-                   "data": OPEN}, {})
+        weights = {key: checkpoint.read(key) for key in checkpoint.places}
+        written = str(checkpoint.write(out, weights))
         said = None
+        victim = {"_target_": "dhbe.victim.checkpoint.CheckpointVictim", "path": name}
+        completed({"victim": victim, "model": {"_target_": INFER}, "data": OPEN}, {})
     except DHBEError as error:
         said = str(error)
+    except BaseException:
+        said = "TRACEBACK " + traceback.format_exc()
+    signal.setitimer(signal.ITIMER_PROF, 0)
     seconds = time.process_time() - start
-    print(json.dumps([name, said, seconds, (status("VmHWM") - before) / 2**20]), flush=True)
+    row = [name, said, seconds, (status("VmHWM") - before) / 2**20, written]
+    print(json.dumps(row), flush=True)
 """
 
 
-def verdicts(folder: Path) -> list[dict[str, Any]]:
-    """Make all files, read each with 1 GB to spare: refusal (None: accepted), CPU s, MB."""
+def verdicts(folder: Path, files: dict[str, Make] = FILES) -> list[dict[str, Any]]:
+    """Make all files, read each with 1 GB to spare, write back what is accepted.
+
+    Returns:
+        per file: refusal (None: accepted), CPU s, MB, and the written file, if any.
+    """
     names = {}
-    for i, (description, make) in enumerate(FILES.items()):
-        make(folder / f"{i:02}.pt")
-        names[f"{i:02}.pt"] = description
+    for i, (description, make) in enumerate(files.items()):
+        make(folder / f"{i:03}.pt")
+        names[f"{i:03}.pt"] = description
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(list(names))],
+        [sys.executable, "-W", "ignore", "-c", PROBE],
+        input=json.dumps(list(names)),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
@@ -444,8 +462,8 @@ def verdicts(folder: Path) -> list[dict[str, Any]]:
     if len(rows) != len(names):
         raise RuntimeError(f"died at {list(names.values())[len(rows)]}: {done.stderr[-2000:]}")
     return [
-        {"file": names[n], "said": said, "seconds": seconds, "mb": max(0.0, mb)}
-        for n, said, seconds, mb in rows
+        {"file": names[n], "said": said, "seconds": s, "mb": max(0.0, mb), "written": written}
+        for n, said, s, mb, written in rows
     ]
 
 

@@ -23,11 +23,11 @@ import numpy as np
 from safetensors.torch import load_file
 
 from benchmarks.clusters import ROOT, numbers
-from dhbe.experiment.results import commit
+from dhbe.core.provenance import commit
 
 CELLS = [
     *("trainer.threads=1", "trainer.observe_every=1", "victim.epochs=4", "attack=badnets,blend"),
-    *("seed=0,1", "defense=dfad_quick,dhbe_quick", "data.limit=2000", "data.train_size=7600"),
+    *("seed=0,1", "defense=dfad,dhbe", "data.limit=2000", "data.train_size=7600"),
     *("defense.epochs=4", "defense.iterations=2", "defense.batch_size=32"),
 ]
 """Eight cells; two share each victim."""

@@ -34,9 +34,9 @@ from dhbe.api import composed
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.config.schema import build
 from dhbe.core.errors import DHBEError
-from dhbe.experiment.pipeline import build_network
 from dhbe.models import Normalized
 from dhbe.models.interface import logits_of, probabilities
+from dhbe.victim.source import build_network
 
 SIZE = 16
 """Pixels, for networks that take any number."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dhbe.experiment.results import commit
+from dhbe.core.provenance import commit
 from dhbe.training.work import device_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

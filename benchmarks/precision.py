@@ -15,10 +15,13 @@ from benchmarks.flops import config
 from benchmarks.machine import DEVICE, about, now
 from dhbe.config.identity import fingerprint
 from dhbe.core.types import Suspect
+from dhbe.data import load
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.evaluation.metrics import rates
-from dhbe.experiment.pipeline import assemble, grant, load, obtain_victim
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.grant import grant
 from dhbe.training.runtime import Runtime
+from dhbe.victim.source import VictimRequest
 
 
 def measure(precisions: list[str], overrides: list[str]) -> None:
@@ -34,11 +37,14 @@ def measure(precisions: list[str], overrides: list[str]) -> None:
 
     with TemporaryDirectory() as folder:
         own = runtime(parts.trainer, folder)
-        made = obtain_victim(tree, parts, parts.attack, splits, own)
-    suspect = Suspect(network=made.network.to(DEVICE), architecture="", spec=parts.spec)
+        request = VictimRequest(
+            config=tree, spec=parts.spec, attack=parts.attack, splits=splits, runtime=own
+        )
+        victim = parts.source.obtain(request)
+    suspect = Suspect(network=victim.network.to(DEVICE), architecture="", spec=parts.spec)
     for precision in precisions:
         trainer = assemble(config(*overrides, f"trainer.precision={precision}")).trainer
-        data = grant(parts, splits, made, tree["seed"], evaluator)
+        data = grant(parts, splits, victim, tree["seed"], evaluator)
         with TemporaryDirectory() as folder:
             start = now()
             purified = parts.defense(suspect, data, runtime(trainer, folder))
@@ -52,7 +58,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", help="of conf/experiment: the victims")
-    parser.add_argument("--defense", default="dhbe_cpu")
+    parser.add_argument("--defense", default="dhbe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--precisions", nargs="+", default=["32-true", "bf16-mixed"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.clusters import ROOT
-from dhbe.experiment.results import commit
+from dhbe.core.provenance import commit
 
 
 def sweep(folder: Path, cells: int, workers: int) -> tuple[float, float]:

@@ -17,8 +17,8 @@ from hydra.utils import instantiate
 
 from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain
+from dhbe.core.provenance import commit
 from dhbe.core.types import DataSpec
-from dhbe.experiment.results import commit
 from dhbe.models.resnet import resnet
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -40,7 +40,7 @@ def attacks():
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for file in sorted((CONF / "attack").glob("*.yaml")):
-            if file.stem != "none" and not file.stem.endswith("_cpu"):
+            if file.stem != "none":
                 node = plain(compose("config", overrides=[f"attack={file.stem}"]))["attack"]
                 if file.stem == "picture":
                     node["path"] = str(CONF.parent / "tests" / "trigger.png")

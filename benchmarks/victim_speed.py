@@ -29,12 +29,13 @@ from benchmarks.flops import config
 from benchmarks.machine import DEVICE, about, now
 from dhbe.config.identity import fingerprint
 from dhbe.core.types import DataSpec
-from dhbe.data import Resident, TrainingBatches
+from dhbe.data import Resident, TrainingBatches, load
 from dhbe.evaluation.evaluator import Evaluator
-from dhbe.experiment.pipeline import assemble, build_network, load
+from dhbe.experiment.assembly import assemble
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import SGDSchedule
 from dhbe.training.supervised import Supervised
+from dhbe.victim.source import build_network
 
 
 class Pictures(Dataset):
@@ -63,7 +64,7 @@ class PlainLoop:
         network: nn.Module,
         images: Resident,
         spec: DataSpec,
-        schedule: Schedule,
+        schedule: SGDSchedule,
         workers: int,
     ) -> None:
         self.network = network.to(DEVICE, memory_format=torch.contiguous_format)
@@ -138,7 +139,7 @@ def main() -> None:
     chosen = [f"data={options.data}", f"victim={options.victim}", "attack=none"]
     tree = config(*chosen, f"victim.epochs={options.epochs}", *options.overrides)
     parts = assemble(tree)
-    spec, schedule = parts.spec, parts.victim
+    spec, schedule = parts.spec, parts.source.schedule
     splits = load(parts.data, fingerprint(tree["data"]))
     network = build_network(tree, spec, seed=0).to(DEVICE)
     images = splits.train.resident()

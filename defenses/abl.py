@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from annotated_types import Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, to_float
+from dhbe.data import Budget, DefenderData, Resident
 from dhbe.models import Normalized
 from dhbe.models.normalized import fresh
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Loss, Supervised
+from dhbe.training.supervised import Loss
 
 
 class ABL(Defense):
@@ -53,34 +52,26 @@ class ABL(Defense):
 
         def train(name: str, images: Resident, schedule: Schedule, loss: Loss) -> None:
             own = runtime.stage(name)
-            batches = TrainingBatches(
-                images,
-                spec=network.spec,
-                batch_size=schedule.batch_size,
-                seed=runtime.derive("abl", name),
-                device=runtime.device,
-            )
-            module = Supervised(network, batches, schedule, role=name, loss=loss)
-            own.fit(module, batches, epochs=schedule.epochs)
+            own.train(network, images, schedule, purpose=f"abl/{name}", role=name, loss=loss)
 
         def trapped(net: nn.Module, batch: Batch) -> Tensor:
-            logits = net(batch.images.to(runtime.dtype))
+            logits = net(batch.images)
             if self.trap == "flooding":
                 mean = F.cross_entropy(logits, batch.labels)
                 return (mean - self.gamma).abs() + self.gamma
             return local_ascent(F.cross_entropy(logits, batch.labels, reduction="none"), self.gamma)
 
         def learn(net: nn.Module, batch: Batch) -> Tensor:
-            return F.cross_entropy(net(batch.images.to(runtime.dtype)), batch.labels)
+            return F.cross_entropy(net(batch.images), batch.labels)
 
         def forget(net: nn.Module, batch: Batch) -> Tensor:
             return -learn(net, batch)
 
         train("isolate", given, self.isolation_schedule, trapped)
-        easy = losses(network, given, runtime).argsort()[: round(self.share * len(given))]
-        rest = torch.ones(len(given), dtype=torch.bool)
-        rest[easy] = False
-        train("learn", given.subset(rest.nonzero().flatten()), self.schedule, learn)
+        logits, labels = runtime.forward(network, given), runtime.labels(given)
+        order = F.cross_entropy(logits, labels, reduction="none").argsort()
+        easy, rest = order.tensor_split([round(self.share * len(given))])
+        train("learn", given.subset(rest.sort().values), self.schedule, learn)
         train("unlearn", given.subset(easy), self.unlearn_schedule, forget)
         runtime.recorder.notes.append(f"abl isolated {len(easy)} images")
         return network
@@ -89,15 +80,3 @@ class ABL(Defense):
 def local_ascent(each: Tensor, gamma: float) -> Tensor:
     """Mean of sign(l - gamma) l over losses (B,): ascent where a loss is below gamma."""
     return ((each.detach() - gamma).sign() * each).mean()
-
-
-@torch.no_grad()
-def losses(network: Normalized, images: Resident, runtime: Runtime) -> Tensor:
-    """Cross-entropy of each image (N,), in eval mode."""
-    network.eval()
-    parts = []
-    for raw, index in images.batches(torch.arange(len(images)), 500):
-        logits = network(to_float(raw.to(runtime.device)).to(runtime.dtype))
-        labels = images.labels[index.cpu()].to(runtime.device)
-        parts.append(F.cross_entropy(logits, labels, reduction="none").cpu())
-    return torch.cat(parts)

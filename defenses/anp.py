@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.methods.masks import Scale, attach, clamp, fold, norms
+from dhbe.data import Budget, DefenderData
+from dhbe.methods.masks import Scale, attach, batch_norms, clamp, fold
 from dhbe.methods.selection import Selection, prune_by_masks
 from dhbe.models import Normalized
-from dhbe.models.hooks import unrecorded
+from dhbe.models.hooks import frozen_statistics
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class ANP(Defense):
@@ -73,37 +72,30 @@ class ANP(Defense):
     ) -> list[Tensor]:
         """Masks (C,) of all BatchNorms; the network is left as it was."""
         before = {k: v.clone() for k, v in network.state_dict().items()}
-        layers = norms(network, method="anp")
+        layers = batch_norms(network, method="anp")
         network.requires_grad_(False)
         weights, biases = attach(layers), attach(layers, "bias")
         for scale in biases:
             scale.mask.requires_grad_(False)
-        batches = TrainingBatches(
-            data.clean(hold_out_validation=self.selection == "validation"),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("anp"),
-            device=runtime.device,
-            steps=self.steps,
-        )
         scales = [*weights, *biases]
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch.images.to(runtime.dtype), batch.labels
-            self.disturb(net, scales, x, y, batches.noise)
-            noisy = F.cross_entropy(unrecorded(net, x), y)
+            x, y = batch.images, batch.labels
+            self.disturb(net, scales, x, y, batch.rng)
+            noisy = F.cross_entropy(frozen_statistics(net, x), y)
             calm(scales)
             return self.alpha * F.cross_entropy(net(x), y) + (1 - self.alpha) * noisy
 
-        module = Supervised(
+        runtime.train(
             network,
-            batches,
+            data.clean(hold_out_validation=self.selection == "validation"),
             self.schedule,
+            purpose="anp",
             role="masks",
+            steps=self.steps,
             loss=loss,
             after_step=lambda: clamp(weights),
         )
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
         masks = [s.mask.detach().clone() for s in weights]
         fold(layers, keep=False)
         fold(layers, "bias", keep=False)
@@ -122,9 +114,9 @@ class ANP(Defense):
             for scale in scales:
                 scale.noise = scale.noise.detach().requires_grad_(True)
             noises = [s.noise for s in scales]
-            slopes = torch.autograd.grad(F.cross_entropy(unrecorded(net, x), y), noises)
-            for scale, slope in zip(scales, slopes, strict=True):
-                moved = scale.noise.detach() + self.epsilon / self.noise_steps * slope.sign()
+            gradients = torch.autograd.grad(F.cross_entropy(frozen_statistics(net, x), y), noises)
+            for scale, gradient in zip(scales, gradients, strict=True):
+                moved = scale.noise.detach() + self.epsilon / self.noise_steps * gradient.sign()
                 scale.noise = moved.clamp(-self.epsilon, self.epsilon)
             torch.clear_autocast_cache()
 

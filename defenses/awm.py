@@ -14,13 +14,12 @@ from torchvision.transforms import v2
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import ConfigError
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, ImageSet, Resident, TrainingBatches
+from dhbe.data import Budget, DefenderData, ImageSet, Resident
 from dhbe.methods.adversarial import universal
 from dhbe.methods.masks import attach, clamp, fold
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
-from dhbe.training.supervised import Supervised
 
 
 class AWM(Defense):
@@ -62,24 +61,18 @@ class AWM(Defense):
         images = self.enlarged(data.clean(), network, runtime)
         batch_size = min(self.schedule.batch_size, len(images))
 
-        def drawn(purpose: str) -> TrainingBatches:
-            return TrainingBatches(
-                images,
-                spec=replace(network.spec, crop_padding=0, flip=False),  # as they are
-                batch_size=batch_size,
-                seed=runtime.derive("awm", purpose),
-                device=runtime.device,
-                steps=self.passes * max(1, len(images) // batch_size),
-            )
-
-        batches, for_delta = drawn("masks"), drawn("delta")
+        plain = replace(network.spec, crop_padding=0, flip=False)  # the images as they are
+        steps = self.passes * max(1, len(images) // batch_size)
+        for_delta = runtime.batches(
+            images, spec=plain, batch_size=batch_size, purpose="awm/delta", steps=steps
+        )
         network.requires_grad_(False)
         scales = attach(convolutions)
         delta = torch.zeros(1)
         bound = self.norm * (network.spec.image_size / 32) ** 2
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch.images.to(runtime.dtype), batch.labels
+            x, y = batch.images, batch.labels
             clean = F.cross_entropy(net(x), y)
             wrong = F.cross_entropy(net((x + delta).clamp(0, 1)), y)
             size = torch.stack([s.mask.abs().sum() for s in scales]).sum()
@@ -92,17 +85,20 @@ class AWM(Defense):
                 found = universal(network, for_delta, learning_rate=self.delta_rate)
             delta = found * (bound / found.abs().sum().clamp_min(1e-12)).clamp_max(1)
 
-        module = Supervised(
+        runtime.train(
             network,
-            batches,
+            images,
             self.schedule,
+            purpose="awm/masks",
             role="masks",
+            spec=plain,
+            batch_size=batch_size,
+            steps=steps,
             loss=loss,
             train_mode=False,
             before_epoch=perturb,
             after_step=lambda: clamp(scales),
         )
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
         fold(convolutions)
         return network
 

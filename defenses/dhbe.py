@@ -6,7 +6,6 @@ from typing import Annotated
 
 import pytorch_lightning as pl
 from annotated_types import Ge
-from torch import Tensor
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import got
@@ -21,7 +20,6 @@ from dhbe.game import (
     LearningRates,
     LossWeights,
     SeededNoise,
-    SharedNoise,
     TriggerNetwork,
 )
 from dhbe.models import Normalized
@@ -114,9 +112,8 @@ class DHBE(Defense):
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
-            noise=SharedNoise(
-                SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype)
-            ),
+            noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
+            processes=runtime.processes,
             weights=self.weights,
             rates=self.rates,
             batch_size=self.batch_size,
@@ -146,9 +143,4 @@ class Gallery(pl.Callback):
         images, patches = pl_module.sample(PICTURES, self.noise)
         recorder.picture(f"generated_{epoch + 1:04d}", self.network.denormalize(images))
         if patches is not None:
-            recorder.picture(f"patches_{epoch + 1:04d}", _half(patches))
-
-
-def _half(patches: Tensor) -> Tensor:
-    """Patches in (-1, 1) -> colours in (0, 1); grey means no change."""
-    return (patches + 1) / 2
+            recorder.picture(f"patches_{epoch + 1:04d}", (patches + 1) / 2)  # grey: no change

@@ -7,16 +7,14 @@ from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import Tensor
 
 from dhbe.contracts.defense import Defense
-from dhbe.data import Budget, DefenderData, ImageSet, TrainingBatches, to_float
+from dhbe.data import Budget, DefenderData, ImageSet
 from dhbe.methods.selection import Selection, choose
 from dhbe.models import Normalized
-from dhbe.models.dataflow import classifier, penultimate
+from dhbe.models.dataflow import classifier, features
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class FinePruning(Defense):
@@ -46,7 +44,7 @@ class FinePruning(Defense):
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         validated = self.selection == "validation"
         clean = data.clean(hold_out_validation=validated)
-        order = features(network, clean, runtime).abs().mean(dim=0).argsort()
+        order = runtime.forward(network, clean, features).abs().mean(dim=0).argsort()
 
         def cut(net: Normalized, share: float) -> None:
             classifier(net).weight.data[:, order[: round(share * len(order))]] = 0
@@ -64,21 +62,13 @@ class FinePruning(Defense):
             measure=head_accuracy(network, data.validation(), runtime) if validated else None,
         )
         runtime.recorder.notes.append(f"fine_pruning pruned {share:.0%} of {len(order)} features")
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("fine_pruning"),
-            device=runtime.device,
-        )
-        module = Supervised(
+        runtime.train(
             network,
-            batches,
+            clean,
             self.schedule,
-            role="student",
+            purpose="fine_pruning",
             after_step=lambda: cut(network, share),
         )
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
         return network
 
 
@@ -86,20 +76,10 @@ def head_accuracy(
     network: Normalized, images: ImageSet, runtime: Runtime
 ) -> Callable[[Normalized], float]:
     """Function that gives the accuracy of networks that differ in the classifier alone."""
-    seen, labels = features(network, images, runtime), images.labels.to(runtime.device)
+    seen, labels = runtime.forward(network, images, features), runtime.labels(images)
 
     @torch.no_grad()
     def measure(net: Normalized) -> float:
         return int((classifier(net)(seen).argmax(1) == labels).sum()) / len(labels)
 
     return measure
-
-
-@torch.no_grad()
-def features(network: Normalized, images: ImageSet, runtime: Runtime) -> Tensor:
-    """Features (N, F) before the classifier."""
-    parts = []
-    for raw, _ in images.batches(torch.arange(len(images)), 500):
-        x = to_float(raw.to(runtime.device)).to(runtime.dtype)
-        parts.append(penultimate(network, x)[0])
-    return torch.cat(parts)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from dhbe.contracts.defense import Defense
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class FineTune(Defense):
@@ -25,14 +24,5 @@ class FineTune(Defense):
         self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        clean = data.clean()
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("finetune"),
-            device=runtime.device,
-        )
-        module = Supervised(network, batches, self.schedule, role="student")
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        runtime.train(network, data.clean(), self.schedule, purpose="finetune")
         return network

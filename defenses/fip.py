@@ -14,11 +14,10 @@ from torch.nn.utils import parametrize
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData, ImageSet
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class FIP(Defense):
@@ -57,25 +56,18 @@ class FIP(Defense):
             network.requires_grad_(False)
             for layer in layers:
                 parametrize.register_parametrization(layer, "weight", Spectrum(layer.weight))
-        batches = TrainingBatches(
-            data.clean(),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("fip"),
-            device=runtime.device,
-            steps=self.steps,
-        )
+        clean = data.clean()
         weights = [p for p in network.parameters() if p.requires_grad]
         start = [w.detach().clone() for w in weights]
-        fisher = self.fisher_diagonal(network, weights, batches, runtime)
+        fisher = self.fisher_diagonal(network, weights, clean, runtime)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
             with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-                logits = net(batch.images.to(runtime.dtype))
+                logits = net(batch.images)
             each = F.cross_entropy(logits, batch.labels, reduction="none")
             total = each.mean()
-            if self.trace_weight and round(batches.progress * self.steps) % self.trace_every == 0:
-                total = total + self.trace_weight * fisher_trace(each, weights, batches.noise)
+            if self.trace_weight and round(batch.progress * self.steps) % self.trace_every == 0:
+                total = total + self.trace_weight * fisher_trace(each, weights, batch.rng)
             if self.anchor_weight:
                 pulls = [
                     (f * (w - w0).square()).sum()
@@ -84,8 +76,7 @@ class FIP(Defense):
                 total = total + self.anchor_weight / 2 * torch.stack(pulls).sum()
             return total
 
-        module = Supervised(network, batches, self.schedule, role="student", loss=loss)
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        runtime.train(network, clean, self.schedule, purpose="fip", steps=self.steps, loss=loss)
         if self.spectral:
             for layer in layers:
                 parametrize.remove_parametrizations(layer, "weight")
@@ -95,21 +86,26 @@ class FIP(Defense):
         self,
         network: Normalized,
         weights: Sequence[Tensor],
-        batches: TrainingBatches,
+        images: ImageSet,
         runtime: Runtime,
     ) -> list[Tensor]:
         """Diagonal of F at the suspect, by random signs: one backward pass per batch."""
         rng = runtime.rng("fip diagonal", device=runtime.device)
         total = [torch.zeros_like(w) for w in weights]
         seen = 0
+        batches = runtime.batches(
+            images,
+            spec=network.spec,
+            batch_size=self.schedule.batch_size,
+            purpose="fip",
+            steps=self.steps,
+        )
         for batch in batches:
-            each = F.cross_entropy(
-                network(batch.images.to(runtime.dtype)), batch.labels, reduction="none"
-            )
-            slopes = torch.autograd.grad((signs(each, rng) * each).sum(), list(weights))
-            total = [t + g.square() for t, g in zip(total, slopes, strict=True)]
+            each = F.cross_entropy(network(batch.images), batch.labels, reduction="none")
+            gradients = torch.autograd.grad((signs(each, rng) * each).sum(), list(weights))
+            total = [t + g.square() for t, g in zip(total, gradients, strict=True)]
             seen += len(each)
-            if seen >= 10 * len(batches.images):
+            if seen >= 10 * len(images):
                 break
         return [t / seen for t in total]
 
@@ -128,8 +124,8 @@ def fisher_trace(each: Tensor, weights: Sequence[Tensor], rng: torch.Generator) 
         each: losses -log p(y_i|x_i) (B,).
     """
     mixed = (signs(each, rng) * each).sum()
-    slopes = torch.autograd.grad(mixed, list(weights), create_graph=True)
-    return torch.stack([g.square().sum() for g in slopes]).sum() / len(each)
+    gradients = torch.autograd.grad(mixed, list(weights), create_graph=True)
+    return torch.stack([g.square().sum() for g in gradients]).sum() / len(each)
 
 
 class Spectrum(nn.Module):

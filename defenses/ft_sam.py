@@ -11,12 +11,11 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData
 from dhbe.models import Normalized
-from dhbe.models.hooks import unrecorded
+from dhbe.models.hooks import frozen_statistics
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class FTSAM(Defense):
@@ -41,32 +40,24 @@ class FTSAM(Defense):
         self.rho, self.label_smoothing, self.schedule = rho, label_smoothing, schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        batches = TrainingBatches(
-            data.clean(),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("ft_sam"),
-            device=runtime.device,
-        )
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images.to(runtime.dtype)
+            x = batch.images
             here = F.cross_entropy(net(x), batch.labels, label_smoothing=self.label_smoothing)
             weights = dict(net.named_parameters())
-            slopes = torch.autograd.grad(here, list(weights.values()))
-            steps = ascent(list(weights.values()), slopes, self.rho)
+            gradients = torch.autograd.grad(here, list(weights.values()))
+            steps = ascent(list(weights.values()), gradients, self.rho)
             moved = {k: w + e for (k, w), e in zip(weights.items(), steps, strict=True)}
             torch.clear_autocast_cache()  # holds copies of the weights at w
-            logits = unrecorded(net, x, moved)
+            logits = frozen_statistics(net, x, moved)
             return F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
 
-        module = Supervised(network, batches, self.schedule, role="student", loss=loss)
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        runtime.train(network, data.clean(), self.schedule, purpose="ft_sam", loss=loss)
         return network
 
 
-def ascent(weights: list[Tensor], slopes: tuple[Tensor, ...], rho: float) -> list[Tensor]:
+def ascent(weights: list[Tensor], gradients: tuple[Tensor, ...], rho: float) -> list[Tensor]:
     """Adaptive SAM's steps e(w), detached; the norm is over all weights together."""
-    pairs = [(w.detach(), g) for w, g in zip(weights, slopes, strict=True)]
+    pairs = [(w.detach(), g) for w, g in zip(weights, gradients, strict=True)]
     norm = torch.stack([(w.abs() * g).norm() for w, g in pairs]).norm()
     return [rho * w.square() * g / (norm + 1e-12) for w, g in pairs]

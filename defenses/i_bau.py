@@ -11,12 +11,11 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData
 from dhbe.methods.adversarial import universal
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
-from dhbe.training.supervised import Supervised
 
 
 class IBAU(Defense):
@@ -50,43 +49,40 @@ class IBAU(Defense):
         self.fixed_point_steps, self.share, self.schedule = fixed_point_steps, share, schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        batches = TrainingBatches(
-            data.clean(),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("i_bau"),
-            device=runtime.device,
+        clean, delta = data.clean(), torch.zeros(1)
+        batches = runtime.batches(
+            clean, spec=network.spec, batch_size=self.schedule.batch_size, purpose="i_bau"
         )
-        delta = torch.zeros(1)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch.images.to(runtime.dtype), batch.labels
+            x, y = batch.images, batch.labels
             moving = delta.clone().requires_grad_(True)
             inner = self.penalty * moving.square().sum() - F.cross_entropy(net(x + moving), y)
-            (slope,) = torch.autograd.grad(inner, moving, create_graph=True)
-            mapped = moving - self.inner_rate * slope
+            (gradient,) = torch.autograd.grad(inner, moving, create_graph=True)
+            mapped = moving - self.inner_rate * gradient
             count = max(1, int(self.share * len(x)))
-            order = torch.randperm(len(x), generator=batches.noise, device=x.device)
+            order = torch.randperm(len(x), generator=batch.rng, device=x.device)
             marked = (order < count)[:, None, None, None]
             outer = F.cross_entropy(net(x + marked * moving), y)
             return implicit(outer, mapped, moving, self.fixed_point_steps)
 
-        def perturb(_: float) -> None:
+        def perturb(spent: float) -> None:
             nonlocal delta
-            rate, penalty = self.delta_rate, self.penalty
+            batches.set_epoch(round(spent * self.schedule.epochs))
             with runtime.autocast():
-                delta = universal(network, batches, learning_rate=rate, penalty=penalty)
+                delta = universal(
+                    network, batches, learning_rate=self.delta_rate, penalty=self.penalty
+                )
 
-        module = Supervised(
+        runtime.train(
             network,
-            batches,
+            clean,
             self.schedule,
-            role="student",
+            purpose="i_bau",
             loss=loss,
             train_mode=False,
             before_epoch=perturb,
         )
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
         return network
 
 

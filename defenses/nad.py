@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import ConfigError
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData
 from dhbe.models import Normalized
 from dhbe.models.hooks import capture, stages
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class NAD(Defense):
@@ -49,15 +48,6 @@ class NAD(Defense):
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         clean = data.clean()
 
-        def batches(role: str, schedule: Schedule) -> TrainingBatches:
-            return TrainingBatches(
-                clean,
-                spec=network.spec,
-                batch_size=schedule.batch_size,
-                seed=runtime.derive("nad", role),
-                device=runtime.device,
-            )
-
         found = len(stages(network, network.probe()))
         if found < len(self.betas):
             raise ConfigError(
@@ -65,18 +55,14 @@ class NAD(Defense):
                 f"network has feature maps at {found} resolutions; use fewer, or finetune"
             )
         teacher = copy.deepcopy(network)
-        own = runtime.stage("teacher")
-        given = batches("teacher", self.teacher_schedule)
-        own.fit(
-            Supervised(teacher, given, self.teacher_schedule, role="teacher"),
-            given,
-            epochs=self.teacher_schedule.epochs,
+        runtime.stage("teacher").train(
+            teacher, clean, self.teacher_schedule, purpose="nad/teacher", role="teacher"
         )
         teacher.eval().requires_grad_(False)
         looks = [stages(n.eval(), n.probe())[-len(self.betas) :] for n in (network, teacher)]
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images.to(runtime.dtype)
+            x = batch.images
             with capture(looks[1]) as theirs, torch.no_grad():
                 teacher(x)
             with capture(looks[0]) as ours:
@@ -87,14 +73,12 @@ class NAD(Defense):
                 )
             return total
 
-        student = batches("student", self.schedule)
-        module = Supervised(network, student, self.schedule, role="student", loss=loss)
-        runtime.fit(module, student, epochs=self.schedule.epochs)
+        runtime.train(network, clean, self.schedule, purpose="nad/student", loss=loss)
         return network
 
 
 def attention(features: Tensor, power: float) -> Tensor:
     """Feature maps (B, C, H, W) -> attention maps (B, H, W) of unit l2 norm."""
     maps: Tensor = features.float().abs().pow(power).sum(dim=1)
-    norms: Tensor = maps.flatten(1).norm(dim=1).clamp_min(1e-12)
-    return maps / norms[:, None, None]
+    lengths: Tensor = maps.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return maps / lengths[:, None, None]

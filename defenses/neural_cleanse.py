@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,15 +12,12 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, ImageSet, TrainingBatches
+from dhbe.data import Budget, DefenderData, ImageSet
+from dhbe.methods.cost_schedule import CostScheduler
 from dhbe.methods.statistics import outliers
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
-
-IDLE = 25
-"""Epochs without a mask 1 % smaller after which a class is done, once the cost went up and down."""
 
 
 class NeuralCleanse(Defense):
@@ -74,79 +72,67 @@ class NeuralCleanse(Defense):
         if not flagged:
             return network
         found = [triggers[k] for k in flagged]
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("neural_cleanse"),
-            device=runtime.device,
-        )
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images.to(runtime.dtype)
-            drawn = torch.rand((len(x), 1, 1, 1), generator=batches.noise, device=x.device)
+            x = batch.images
+            drawn = torch.rand((len(x), 1, 1, 1), generator=batch.rng, device=x.device)
             for i, (mask, pattern) in enumerate(found):
                 low, high = (self.share * k / len(found) for k in (i, i + 1))
                 chosen = (drawn >= low) & (drawn < high)
-                x = torch.where(chosen, (1 - mask) * x + mask * pattern, x)
+                x = torch.where(chosen, worn(x, mask, pattern), x)
             return F.cross_entropy(net(x), batch.labels)
 
-        module = Supervised(network, batches, self.schedule, role="student", loss=loss)
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        runtime.train(network, clean, self.schedule, purpose="neural_cleanse", loss=loss)
         return network
 
     def reverse(
         self, network: Normalized, clean: ImageSet, target: int, runtime: Runtime
     ) -> tuple[Tensor, Tensor]:
         """The smallest mask (1, 1, H, W) found that works, and its pattern (1, C, H, W)."""
-        rng = runtime.rng("trigger", target)
-        channels, size = network.spec.channels, network.spec.image_size
-        latents = [
-            torch.randn((1, c, size, size), generator=rng).to(runtime.device, runtime.dtype)
-            for c in (1, channels)
-        ]
-        latents = [v.requires_grad_(True) for v in latents]
-        optimizer = torch.optim.Adam(latents, lr=self.learning_rate, betas=(0.5, 0.9))
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=self.batch_size,
-            seed=runtime.derive("reverse", target),
-            device=runtime.device,
+        trigger = Trigger(network, runtime.rng("trigger", target))
+        optimizer = torch.optim.Adam(trigger.parameters(), self.learning_rate, betas=(0.5, 0.9))
+        cost = CostScheduler(self.cost, patience=self.patience, factor=self.factor)
+        batches = runtime.batches(
+            clean, spec=network.spec, batch_size=self.batch_size, purpose=f"reverse/{target}"
         )
-
-        def trigger() -> tuple[Tensor, Tensor]:
-            mask, pattern = ((v.tanh() + 1) / 2 for v in latents)
-            return mask, pattern
-
-        best = tuple(v.detach() for v in trigger())
-        smallest, cost, streak = float("inf"), self.cost, 0
-        idle, turned = 0, set[str]()
+        best, smallest = trigger(), float("inf")
         for epoch in range(self.epochs):
             batches.set_epoch(epoch)
-            hits = torch.zeros((), device=runtime.device)
+            hits = []
             for batch in batches:
-                x = batch.images.to(runtime.dtype)
                 goal = torch.full_like(batch.labels, target)
                 mask, pattern = trigger()
-                logits = network((1 - mask) * x + mask * pattern)
+                logits = network(worn(batch.images, mask, pattern))
                 optimizer.zero_grad()
-                (F.cross_entropy(logits, goal) + cost * mask.sum()).backward()
+                (F.cross_entropy(logits, goal) + cost.value * mask.sum()).backward()
                 optimizer.step()
-                hits += (logits.argmax(dim=1) == goal).float().mean()
-            works = float(hits) / len(batches) >= self.success
+                hits.append((logits.argmax(dim=1) == goal).float().mean())
+            works = float(sum(hits)) / len(batches) >= self.success
             mask, pattern = (v.detach() for v in trigger())
-            if smallest < float("inf"):
-                idle = idle + 1 if not works or float(mask.sum()) > 0.99 * smallest else 0
-            if works and float(mask.sum()) < smallest:
-                smallest, best = float(mask.sum()), (mask, pattern)
-            streak = max(streak, 0) + 1 if works else min(streak, 0) - 1
-            if streak == self.patience:
-                cost, streak = cost * self.factor, 0
-                turned.add("up")
-            elif streak == -self.patience:
-                cost, streak = cost / self.factor**1.5, 0
-                turned.add("down")
-            if idle >= IDLE and len(turned) == 2:
+            size = float(mask.sum())
+            done = cost.step(works=works, shrunk=size <= 0.99 * smallest, found=smallest < math.inf)
+            if works and size < smallest:
+                smallest, best = size, (mask, pattern)
+            if done:
                 break
-        return best[0], best[1]
+        return best[0].detach(), best[1].detach()
+
+
+class Trigger(nn.Module):
+    """Mask and pattern in (0, 1) by way of tanh, drawn at random."""
+
+    def __init__(self, network: Normalized, rng: torch.Generator) -> None:
+        super().__init__()
+        channels, size = network.spec.channels, network.spec.image_size
+        mask, pattern = (torch.randn((1, c, size, size), generator=rng) for c in (1, channels))
+        self.mask = nn.Parameter(mask.to(network.mean))
+        self.pattern = nn.Parameter(pattern.to(network.mean))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Mask (1, 1, H, W) and pattern (1, C, H, W)."""
+        return (self.mask.tanh() + 1) / 2, (self.pattern.tanh() + 1) / 2
+
+
+def worn(x: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+    """Images under a trigger."""
+    return (1 - mask) * x + mask * pattern

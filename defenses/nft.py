@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
-from dhbe.methods.masks import attach, fold, norms
+from dhbe.data import Budget, DefenderData
+from dhbe.methods.masks import attach, batch_norms, fold
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class NFT(Defense):
@@ -49,22 +48,14 @@ class NFT(Defense):
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         clean = data.clean()
-        layers = norms(network, method="nft")
+        layers = batch_norms(network, method="nft")
         network.requires_grad_(False)
         scales = attach(layers)
         lows = [self.floor * math.exp(-self.decay * (i + 1)) for i in range(len(scales))]
         per_class = len(clean) / network.spec.classes
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("nft"),
-            device=runtime.device,
-            steps=self.steps,
-        )
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y, rng = batch.images.to(runtime.dtype), batch.labels, batches.noise
+            x, y, rng = batch.images, batch.labels, batch.rng
             share = torch.rand((), generator=rng, device=x.device, dtype=x.dtype)  # Beta(1, 1)
             order = torch.randperm(len(x), generator=rng, device=x.device)
             logits = net(share * x + (1 - share) * x[order])
@@ -78,9 +69,15 @@ class NFT(Defense):
             for scale, low in zip(scales, lows, strict=True):
                 scale.mask.clamp_(low, 1)
 
-        module = Supervised(
-            network, batches, self.schedule, role="masks", loss=loss, after_step=bound
+        runtime.train(
+            network,
+            clean,
+            self.schedule,
+            purpose="nft",
+            role="masks",
+            steps=self.steps,
+            loss=loss,
+            after_step=bound,
         )
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
         fold(layers)
         return network

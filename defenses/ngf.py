@@ -10,9 +10,9 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from dhbe.contracts.defense import Defense
-from dhbe.data import Budget, DefenderData, to_float
+from dhbe.data import Budget, DefenderData
 from dhbe.models import Normalized
-from dhbe.models.dataflow import classifier, penultimate
+from dhbe.models.dataflow import classifier, features
 from dhbe.training.runtime import Runtime
 
 
@@ -44,9 +44,9 @@ class NGF(Defense):
 
     @torch.no_grad()
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        clean = data.clean().resident()
+        clean = data.clean()
         head = classifier(network)
-        h, y = self.features(network, clean.images, runtime), clean.labels.to(runtime.device)
+        h, y = runtime.forward(network, clean, features).double(), runtime.labels(clean)
         w = head.weight.double()
         if head.bias is not None:
             h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
@@ -55,25 +55,17 @@ class NGF(Defense):
         importance = fisher_diagonal((h @ w.T).softmax(1), h, y)
         for _ in range(self.steps):
             p = (h @ w.T).softmax(dim=1)
-            slope = gradient(p, h, y) + self.anchor * importance * (w - start)
+            descent = gradient(p, h, y) + self.anchor * importance * (w - start)
 
             def product(v: Tensor, p: Tensor = p) -> Tensor:
                 return fisher_product(p, h, v) + self.damping * v
 
-            w = w - self.rate * conjugate_gradients(product, slope, self.cg_steps)
+            w = w - self.rate * conjugate_gradients(product, descent, self.cg_steps)
         if head.bias is not None:
             head.bias.copy_(w[:, -1])
             w = w[:, :-1]
         head.weight.copy_(w)
         return network
-
-    def features(self, network: Normalized, images: Tensor, runtime: Runtime) -> Tensor:
-        """What the classifier sees (N, F), in double precision."""
-        parts = []
-        for raw in images.split(500):
-            x = to_float(raw.to(runtime.device)).to(runtime.dtype)
-            parts.append(penultimate(network, x)[0].double())
-        return torch.cat(parts)
 
 
 def gradient(p: Tensor, h: Tensor, y: Tensor) -> Tensor:

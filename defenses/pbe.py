@@ -11,12 +11,11 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, ImageSet, Resident, TrainingBatches, to_float
+from dhbe.data import Budget, DefenderData, ImageSet, Resident
 from dhbe.methods.adversarial import pgd
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class AFT(Defense):
@@ -59,17 +58,10 @@ class AFT(Defense):
         turn: int = 0,
     ) -> None:
         """The schedule on ``images``, its first epochs ``adversarial``; in place."""
-        batches = TrainingBatches(
-            images,
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("aft", turn),
-            device=runtime.device,
-        )
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch.images.to(runtime.dtype), batch.labels
-            if batches.progress <= adversarial:
+            x, y = batch.images, batch.labels
+            if batch.progress <= adversarial:
                 net.eval()
                 x = pgd(
                     net,
@@ -83,8 +75,7 @@ class AFT(Defense):
                 net.train()
             return F.cross_entropy(net(x), y)
 
-        module = Supervised(network, batches, self.schedule, role="student", loss=loss)
-        runtime.fit(module, batches, epochs=self.schedule.epochs)
+        runtime.train(network, images, self.schedule, purpose=f"aft/{turn}", loss=loss)
         network.eval()
 
 
@@ -144,11 +135,7 @@ class PBE(AFT):
         return network
 
 
-@torch.no_grad()
 def answers(network: Normalized, images: Resident, runtime: Runtime) -> Tensor:
-    """Logits (N, classes), in eval mode."""
-    parts = []
-    for raw, _ in images.batches(torch.arange(len(images)), 500):
-        with runtime.autocast():
-            parts.append(network(to_float(raw.to(runtime.device)).to(runtime.dtype)).float().cpu())
-    return torch.cat(parts)
+    """Logits (N, classes), in eval mode and in the precision of trainings."""
+    with runtime.autocast():
+        return runtime.forward(network, images)

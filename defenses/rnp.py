@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches, even
-from dhbe.methods.masks import attach, clamp, norms
+from dhbe.data import Budget, DefenderData, even
+from dhbe.methods.masks import attach, batch_norms, clamp
 from dhbe.methods.selection import Selection, prune_by_masks
 from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class RNP(Defense):
@@ -66,29 +65,22 @@ class RNP(Defense):
             clip=self.clip,
         )
         forgetful.requires_grad_(False)
-        scales = attach(norms(forgetful, method="rnp"))
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=even(len(clean), self.recover_schedule.batch_size),
-            seed=runtime.derive("rnp"),
-            device=runtime.device,
-        )
+        scales = attach(batch_norms(forgetful, method="rnp"))
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            logits = net(batch.images.to(runtime.dtype))
+            logits = net(batch.images)
             return self.alpha * F.cross_entropy(logits, batch.labels)
 
-        own = runtime.stage("recover")
-        module = Supervised(
+        runtime.stage("recover").train(
             forgetful,
-            batches,
+            clean,
             self.recover_schedule,
+            purpose="rnp",
             role="masks",
+            batch_size=even(len(clean), self.recover_schedule.batch_size),
             loss=loss,
             after_step=lambda: clamp(scales),
         )
-        own.fit(module, batches, epochs=self.recover_schedule.epochs)
         masks = [s.mask.detach() for s in scales]
         return prune_by_masks(
             network,

@@ -7,20 +7,23 @@ import itertools
 import math
 from typing import Annotated, ClassVar
 
-import torch
 from annotated_types import Ge
-from torch import Tensor, nn
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import ConfigError, got
-from dhbe.core.rng import generator
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData
 from dhbe.methods.selection import Selection, accuracy
 from dhbe.models import Normalized
-from dhbe.models.hooks import blocks, shortcut_name
+from dhbe.models.shortcuts import (
+    blocks,
+    gate_is_exact,
+    scalable_layer,
+    scale_shortcut,
+    shortcut_name,
+    stage_of,
+)
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class SSFT(Defense):
@@ -55,7 +58,10 @@ class SSFT(Defense):
         self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        places, count = self.places(network), len(blocks(network, method="ssft", least=1))
+        places, count = (
+            self.places(network, weights_only=runtime.weights_only),
+            len(blocks(network, method="ssft", least=1)),
+        )
         if self.selection == "validation":
             tried = places[-self.candidates :]
             results = {i: self.tune(network, i, data, runtime) for i in tried}
@@ -71,16 +77,16 @@ class SSFT(Defense):
             runtime.recorder.notes.append(f"ssft: {repaired.unwritten}; no weight says so")
         return repaired
 
-    def places(self, network: Normalized) -> list[int]:
+    def places(self, network: Normalized, *, weights_only: bool) -> list[int]:
         """Positions of the blocks that may be chosen.
 
         Raises:
             ConfigError: there are none.
         """
         found = blocks(network, method="ssft", least=1)
-        allowed = [i for i, b in enumerate(found) if carrier(b) is not None]
-        if not self.weights_only:
-            allowed = [i for i in range(len(found)) if i in allowed or takes_input(network, i)]
+        allowed = [i for i, b in enumerate(found) if scalable_layer(b) is not None]
+        if not weights_only:
+            allowed = [i for i in range(len(found)) if i in allowed or gate_is_exact(network, i)]
         if not allowed:
             raise ConfigError(
                 f"defense=ssft: no shortcut of the network's {len(found)} residual blocks has "
@@ -106,88 +112,21 @@ class SSFT(Defense):
     ) -> Normalized:
         """A copy with this block's shortcut suppressed and its stage fine-tuned."""
         network = copy.deepcopy(network)
-        block = blocks(network, method="ssft", least=1)[position]
-        if carrier(block) is None:
+        block = blocks(network)[position]
+        if scalable_layer(block) is None:
             name = next(n for n, m in network.named_modules() if m is block)
             network.unwritten = f"{name} has no shortcut any more"
-        suppress(block, 0.0)
+        scale_shortcut(block, 0.0)
         network.requires_grad_(False)
-        for sibling in stage(network, block):
+        for sibling in stage_of(network, block):
             sibling.requires_grad_(True)
         remains = getattr(block, shortcut_name(block) or "")
         if remains is not None:
             remains.requires_grad_(False)  # suppressed for good
-        batches = TrainingBatches(
-            data.clean(hold_out_validation=self.selection == "validation"),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=runtime.derive("ssft"),
-            device=runtime.device,
-        )
+        clean = data.clean(hold_out_validation=self.selection == "validation")
         own = runtime.stage(f"block{position}")
-        module = Supervised(network, batches, self.schedule, role="student")
-        own.fit(module, batches, epochs=self.schedule.epochs)
+        own.train(network, clean, self.schedule, purpose="ssft")
         return network.eval()
-
-
-class Gate(nn.Module):
-    """A shortcut times a factor; ``inner`` is None for the identity."""
-
-    def __init__(self, inner: nn.Module | None, factor: float) -> None:
-        super().__init__()
-        self.inner, self.factor = inner, factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        passed: Tensor = x if self.inner is None else self.inner(x)
-        return self.factor * passed
-
-
-def carrier(block: nn.Module) -> nn.Conv2d | nn.BatchNorm2d | None:
-    """The last layer of a block's shortcut, if a factor on its weights is one on the shortcut."""
-    inner = getattr(block, shortcut_name(block) or "")
-    layers = [] if inner is None else [*inner.modules()]
-    last = next((m for m in reversed(layers) if not isinstance(m, nn.Identity)), None)
-    if isinstance(last, nn.Conv2d) or (isinstance(last, nn.BatchNorm2d) and last.affine):
-        return last
-    return None
-
-
-def suppress(block: nn.Module, factor: float) -> None:
-    """Multiply a block's shortcut by ``factor``, in place: in its weights where it has them."""
-    last = carrier(block)
-    if last is None:
-        name = shortcut_name(block)
-        assert name is not None
-        setattr(block, name, Gate(getattr(block, name), factor))
-        return
-    with torch.no_grad():
-        last.weight.mul_(factor)
-        if last.bias is not None:
-            last.bias.mul_(factor)
-
-
-@torch.no_grad()
-def takes_input(network: Normalized, position: int) -> bool:
-    """Whether a gate in a block's shortcut gates it: with factor 1 no logit and no key changes.
-
-    Other libraries' blocks may hand a module what they do not hand on without one.
-    """
-    gated = copy.deepcopy(network)
-    suppress(blocks(gated, method="ssft", least=1)[position], 1.0)
-    probe = torch.rand(network.probe().shape, generator=generator(0)).to(network.mean)
-    same = gated.state_dict().keys() == network.state_dict().keys()
-    return same and torch.allclose(gated(probe), network(probe))
-
-
-def stage(network: nn.Module, block: nn.Module) -> list[nn.Module]:
-    """Blocks beside ``block``, with as many channels: its stage."""
-    parent = next(m for m in network.modules() if any(c is block for c in m.children()))
-
-    def width(module: nn.Module) -> int:
-        last = getattr(module, "conv2", None)
-        return last.out_channels if isinstance(last, nn.Conv2d) else -1
-
-    return [c for c in parent.children() if width(c) == width(block)]
 
 
 def critical(network: Normalized, places: list[int], data: DefenderData) -> int:
@@ -200,7 +139,7 @@ def critical(network: Normalized, places: list[int], data: DefenderData) -> int:
         rates = []
         for tenth in range(11):
             candidate = copy.deepcopy(network)
-            suppress(blocks(candidate, method="ssft", least=1)[position], tenth / 10)
+            scale_shortcut(blocks(candidate)[position], tenth / 10)
             rates.append(data.oracle(candidate)["asr"])
         jumps.append(max((b - a) / math.exp(a) for a, b in itertools.pairwise(rates)))
     return places[jumps.index(max(jumps))]

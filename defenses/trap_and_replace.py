@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Annotated, ClassVar
 
 import torch
@@ -14,13 +13,14 @@ from torchvision.transforms import v2
 from dhbe.contracts.defense import Defense
 from dhbe.core.rng import fork
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches
+from dhbe.data import Budget, DefenderData
+from dhbe.methods.losses import total_variation_squared
 from dhbe.models import Normalized
-from dhbe.models.hooks import blocks, capture, executed_after
+from dhbe.models.hooks import Dropout, capture, executed_after, inserted
 from dhbe.models.normalized import fresh
+from dhbe.models.shortcuts import blocks
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule, Player
-from dhbe.training.supervised import Supervised
 
 
 class TrapAndReplace(Defense):
@@ -70,33 +70,26 @@ class TrapAndReplace(Defense):
             network.eval()(network.probe())
         with fork(own.derive("decoder")):
             picture = decoder(seen[0], network.spec.image_size, network.spec.channels)
-        picture.to(own.device, own.dtype)
-        batches = TrainingBatches(
-            data.poisoned(),
-            spec=network.spec,
-            batch_size=self.schedule.batch_size,
-            seed=own.derive("bait"),
-            device=own.device,
-        )
+        picture.to(seen[0])
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images.to(own.dtype)
+            x = batch.images
             with capture([cut]) as seen:
                 total = F.cross_entropy(net(x), batch.labels)
             drawn = picture(seen[0]).float()
             total = total + self.picture_weight * F.mse_loss(drawn, x)
-            return total + self.smooth_weight * total_variation(drawn)
+            return total + self.smooth_weight * total_variation_squared(drawn)
 
-        module = Supervised(
+        own.train(
             network,
-            batches,
+            data.poisoned(),
             self.schedule,
+            purpose="bait",
             role="bait",
             loss=loss,
             players=[Player(network=picture, schedule=self.schedule)],
             beside=picture,
         )
-        own.fit(module, batches, epochs=self.schedule.epochs)
 
     def replace(
         self,
@@ -113,39 +106,29 @@ class TrapAndReplace(Defense):
             for layer in head:
                 layer.reset_parameters()
                 layer.requires_grad_(True)
-        batches = TrainingBatches(
-            data.clean(),
-            spec=network.spec,
-            batch_size=self.head_schedule.batch_size,
-            seed=runtime.derive("replace"),
-            device=runtime.device,
-        )
         mix = v2.CutMix(alpha=1.0, num_classes=network.spec.classes)
-
-        def drop(x: Tensor) -> Tensor:
-            noise = batches.noise
-            drawn = torch.rand(x.shape, generator=noise, device=noise.device)
-            return x * (drawn >= self.dropout).to(x.dtype) / (1 - self.dropout)
-
-        inner = [m for b in trapped for n, m in b.named_children() if n == "conv2"]
+        dropout = Dropout(self.dropout)
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
+            dropout.rng = batch.rng
             for layer in head:
                 layer.train()  # the rest of the network stays in eval mode
-            with fork(runtime.derive("cutmix", batches.progress)):
-                x, y = mix(batch.images.to(runtime.dtype), batch.labels)
-                with ExitStack() as hooks:
-                    for conv in inner:
-                        hooks.callback(conv.register_forward_pre_hook(lambda _, a: drop(*a)).remove)
-                    last = (trapped or [cut])[-1]
-                    hooks.callback(last.register_forward_hook(lambda _, __, y: drop(y)).remove)
-                    logits = net(x)
+            with fork(runtime.derive("cutmix", batch.progress)):
+                x, y = mix(batch.images, batch.labels)
+                logits = net(x)
             return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
-        module = Supervised(
-            network, batches, self.head_schedule, role="head", loss=loss, train_mode=False
-        )
-        runtime.fit(module, batches, epochs=self.head_schedule.epochs)
+        inner = [m for b in trapped for n, m in b.named_children() if n == "conv2"]
+        with inserted(dropout, before=inner, after=[(trapped or [cut])[-1]]):
+            runtime.train(
+                network,
+                data.clean(),
+                self.head_schedule,
+                purpose="replace",
+                role="head",
+                loss=loss,
+                train_mode=False,
+            )
 
 
 def decoder(features: Tensor, size: int, channels: int) -> nn.Sequential:
@@ -165,9 +148,3 @@ def decoder(features: Tensor, size: int, channels: int) -> nn.Sequential:
     if side != size:
         layers.append(nn.Upsample(size=(size, size), mode="bilinear"))
     return nn.Sequential(*layers)
-
-
-def total_variation(x: Tensor) -> Tensor:
-    """Squared differences of vertical and horizontal neighbours, over all elements of x."""
-    down, right = x.diff(dim=2).square().sum(), x.diff(dim=3).square().sum()
-    return (down + right) / x.numel()

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, TrainingBatches, even
+from dhbe.data import Budget, DefenderData, even
 from dhbe.methods.statistics import outliers
 from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 class ULRL(Defense):
@@ -63,23 +62,22 @@ class ULRL(Defense):
         head = classifier(network)
         before = head.weight.detach().clone()
         reset(head, suspicious, runtime.rng("ulrl reset"))
-        batches = TrainingBatches(
-            clean,
-            spec=network.spec,
-            batch_size=even(len(clean), self.relearn_schedule.batch_size),
-            seed=runtime.derive("ulrl"),
-            device=runtime.device,
-        )
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
-            total = F.cross_entropy(net(batch.images.to(runtime.dtype)), batch.labels)
+            total = F.cross_entropy(net(batch.images), batch.labels)
             if suspicious:
                 likeness = F.cosine_similarity(head.weight[suspicious], before[suspicious])
                 total = total + self.alpha * likeness.sum()
             return total
 
-        module = Supervised(network, batches, self.relearn_schedule, role="student", loss=loss)
-        runtime.fit(module, batches, epochs=self.relearn_schedule.epochs)
+        runtime.train(
+            network,
+            clean,
+            self.relearn_schedule,
+            purpose="ulrl",
+            batch_size=even(len(clean), self.relearn_schedule.batch_size),
+            loss=loss,
+        )
         return network
 
     def suspicious(self, network: Normalized, data: DefenderData, runtime: Runtime) -> list[int]:

@@ -15,17 +15,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from torch import nn
 
-from dhbe.checkpoint.inference import chosen, described, doubted, suspected
+from dhbe.checkpoint.inference import chosen, described, doubted
 from dhbe.checkpoint.preprocessing import told
 from dhbe.checkpoint.recognition import sizes
+from dhbe.config import identity
 from dhbe.config import schema as config
+from dhbe.config.resolution import with_trigger
 from dhbe.config.resolvers import register_resolvers
 from dhbe.core.errors import ConfigError, got
 from dhbe.core.paths import CONF
-from dhbe.experiment.pipeline import Given, assemble, compute
-from dhbe.experiment.results import ResultFolder
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.folder import ResultFolder
+from dhbe.experiment.pipeline import compute
 from dhbe.models.interface import prepared, unhooked
 from dhbe.models.own import channels_of, classes_of, side_of
+from dhbe.victim.memory import InMemoryVictim
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,8 @@ def purify(
     classes: int | None = None,
     channels: int | None = None,
     normalization: str | Mapping[str, Sequence[float]] | None = None,
-    defense: str = "dhbe_quick",
+    defense: str = "dhbe",
+    scale: str = "quick",
     clean: str | Path | None = None,
     test: str | Path | None = None,
     trigger: str | Path | None = None,
@@ -55,7 +60,8 @@ def purify(
         normalization: what stands before the model: ``none`` for pixels in [0, 1], a preset such
             as ``cifar10`` or ``imagenet``, or ``{"mean": [...], "std": [...]}`` per channel. None
             asks the model, and is ``none``, with a warning, where it does not tell.
-        defense: a config of ``conf/defense``; ``dhbe`` is the published setting, for GPUs.
+        defense: a config of ``conf/defense``.
+        scale: ``quick`` or ``cpu`` fit it to a CPU; ``paper`` is the published setting, for GPUs.
         clean: folder ``<clean>/<class>/<image>`` for defenses that need images.
         test: folder likewise; measures accuracy before and after, for the report.
         trigger: picture of a suspected trigger, tried on ``test``, for the report.
@@ -72,29 +78,32 @@ def purify(
         DataError: images that cannot be read.
         DivergenceError: the purified model would hold NaN or infinite weights.
     """
-    choices = {"data": "own", "attack": "none", "model": type(model).__name__, "defense": defense}
-    choices["budget"] = "own" if clean else "none"
     bars = [] if progress is None else [f"trainer.progress={'always' if progress else 'never'}"]
+    choices = {"data": "own", "attack": "none", "model": type(model).__name__, "scale": scale}
+    choices |= {"defense": defense, "budget": "own" if clean else "none"}
+    chosen = [f"{group}={choices[group]}" for group in ("defense", "scale", "budget")]
     tree = composed(
-        [
-            *("task=purify", "checkpoint=given", "model=resnet_tiny"),
-            *(f"defense={defense}", f"budget={choices['budget']}", *bars, *overrides),
-        ]
+        ["task=purify", "checkpoint=given", "model=resnet_tiny", *chosen, *bars, *overrides]
     )
+    tree["data"] |= {"classes": classes, "channels": channels, "image_size": image_size}
     tree["data"] |= {
-        "classes": classes,
-        "channels": channels,
-        "image_size": image_size,
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
         "test": None if test is None else str(test),
+        "content": identity.content(Path(f) for f in (clean, test) if f is not None),
     }
     tree["trigger"] = None if trigger is None else str(trigger)
     network = copied(model).to(device="cpu", dtype=torch.float32).eval()
     notes = fitted(network, tree["data"])
-    tree, choices = suspected(tree, choices)
-    parts = assemble(tree)
-    parts.victim = Given(network=network, assumed=notes)
+    tree, choices = with_trigger(tree, choices)
+    return _purified(tree, choices, InMemoryVictim(network, notes), report)
+
+
+def _purified(
+    tree: dict[str, Any], choices: dict[str, str], source: InMemoryVictim, report: str | Path | None
+) -> nn.Module:
+    """The run itself, in a folder that stays only as a ``report``; see ``purify``."""
+    parts = assemble(tree, source)
     with TemporaryDirectory() as scratch:
         folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
         if report is None:

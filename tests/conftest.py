@@ -89,13 +89,14 @@ def images(spec: DataSpec) -> Resident:
 def make_runtime(tmp_path: Path) -> Callable[..., Runtime]:
     """Runtimes on the CPU."""
 
-    def make(seed: int = 0, work: str = "work", precision: str = "32-true") -> Runtime:
+    def make(seed: int = 0, work: str = "work", precision: str = "32-true", **more: Any) -> Runtime:
         config = TrainerConfig(
             device="cpu",
             precision=precision,  # type: ignore[arg-type]
             threads=0,
             progress="never",
             observe_every=0,
+            **more,
         )
         return Runtime(trainer_config=config, seed=seed, workdir=tmp_path / work)
 

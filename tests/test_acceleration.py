@@ -9,22 +9,16 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import small
-from test_attacks import build
 from test_game import CPU, assert_same, make_game, play, players
-from test_victim import schedule
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from dhbe.core.errors import ConfigError
 from dhbe.game import SeededNoise, add_patches
 from dhbe.models.preact import PreActResNet18
 from dhbe.models.resnet import SmallResNet, resnet
 from dhbe.training import compile as acceleration
-from dhbe.training.compile import blocks, compiled, recomputed
+from dhbe.training.compile import compiled
 from dhbe.training.trainer import TrainerConfig
 from dhbe.training.work import Counting
-from dhbe.victim.train import train
 
 
 def game_with(switch: Callable, *, iterations: int = 2):
@@ -40,38 +34,6 @@ def assert_same_games(ours, theirs, tolerance: float) -> None:
         assert_same(one, other, tolerance)
 
 
-def test_recomputing_changes_no_weight_and_no_statistic() -> None:
-    plain = game_with(lambda networks: recomputed(networks, False))
-    thrifty = game_with(lambda networks: recomputed(networks, True))
-    assert_same_games(thrifty, plain, 1e-12)
-    untouched = make_game(*players(), SeededNoise(0, device=CPU, dtype=torch.float64))
-    assert plain.student.state_dict().keys() == untouched.student.state_dict().keys()
-    moved = zip(plain.student.parameters(), untouched.student.parameters(), strict=True)
-    assert not any(torch.equal(a, b) for a, b in moved), "the game was played"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str
-)
-@pytest.mark.parametrize("name", ["resnet18", "preact", "small"])
-def test_recomputing_gives_loss_gradients_and_buffers(name: str, dtype, tolerance: float) -> None:
-    torch.manual_seed(0)
-    network = network_of(name).to(dtype)
-    images = torch.randn(4, 3, 16, 16, dtype=dtype)
-    found = []
-    for switch in (False, True):
-        own = copy.deepcopy(network)
-        with recomputed([own], switch):
-            loss = own(images).square().mean()
-            loss.backward()
-        assert "forward" not in vars(blocks(own)[0]), "nothing stays behind"
-        found.append({"loss": loss.detach()} | dict(own.named_buffers()))
-        found[-1] |= {f"{k} grad": p.grad for k, p in own.named_parameters()}
-    plain, thrifty = found
-    for key, value in plain.items():
-        torch.testing.assert_close(thrifty[key], value, rtol=tolerance, atol=tolerance)
-
-
 def network_of(name: str) -> nn.Module:
     shape = {"classes": 4, "channels": 3, "image_size": 16}
     if name == "resnet18":
@@ -79,43 +41,6 @@ def network_of(name: str) -> nn.Module:
     if name == "preact":
         return PreActResNet18(**shape)
     return SmallResNet(widths=[16, 24], blocks=2, stem_stride=1, **shape)
-
-
-def kept_bytes(network: nn.Module, images: Tensor) -> int:
-    """Bytes that a forward pass keeps for its backward pass, weights left out."""
-    own = {p.data_ptr() for p in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.data_ptr() not in own:
-            kept[x.data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        network(images).sum().backward()
-    return sum(kept.values())
-
-
-def test_recomputing_keeps_a_third_of_the_memory() -> None:
-    network, images = network_of("resnet18"), torch.randn(8, 3, 16, 16)
-    plain = kept_bytes(network, images)
-    with recomputed([network], True):
-        assert kept_bytes(network, images) < plain / 3
-
-
-def test_blocks_are_the_residual_ones() -> None:
-    assert len(blocks(network_of("resnet18"))) == 8
-    assert len(blocks(network_of("preact"))) == 8
-    assert len(blocks(network_of("small"))) == 4
-    _, generator, trigger = players()
-    assert blocks(generator) == [*generator.blocks]
-    assert len(blocks(trigger)) == len(trigger.blocks)
-
-
-def test_a_network_without_blocks_says_so(caplog) -> None:
-    with recomputed([nn.Sequential(nn.Linear(2, 2))], True):
-        pass
-    assert "Sequential has no residual blocks" in caplog.text
 
 
 # ---------------------------------------------------------------- compilation
@@ -236,27 +161,8 @@ def test_places_on_a_device_are_those_of_integers() -> None:
         assert torch.equal(gradient, gradients[0][1])
 
 
-def test_a_victim_is_the_same_with_less_memory(
-    images, spec, compose_config, make_runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repeated = []
-    again = acceleration._still
-    monkeypatch.setattr(acceleration, "_still", lambda b: repeated.append(b) or again(b))
-    states = []
-    for switch in (False, True):
-        runtime = make_runtime(work=f"work{switch}", precision="64-true")
-        runtime.trainer_config.recompute = switch
-        network = small().to(torch.float64)
-        train(network, build("wanet", compose_config, spec), images, schedule(), runtime)
-        states.append(network)
-        assert bool(repeated) == switch, "blocks are computed twice under the switch, and only then"
-    assert_same(*states, 1e-12)
-
-
-def test_switches_that_exclude_each_other_and_those_without_a_gpu(caplog) -> None:
+def test_switches_without_a_gpu(caplog) -> None:
     common = {"device": "cpu", "precision": "32-true", "threads": 0, "observe_every": 0}
-    with pytest.raises(ConfigError, match=r"trainer\.recompute=True: expected false with"):
-        TrainerConfig(**common, progress="never", compile="default", recompute=True)
     assert not TrainerConfig(**common, progress="never", tf32=True).tf32
     assert "trainer.tf32: there is no GPU here" in caplog.text
 

@@ -42,8 +42,8 @@ def test_imports_go_one_way() -> None:
     assert len(pairs) <= MOST_PAIRS
 
 
-def test_the_report_imports_no_other_room() -> None:
-    assert not [b for a, b in house.arrows() if a == "report"]
+def test_the_report_needs_names_alone() -> None:
+    assert {b for a, b in house.arrows() if a == "report"} <= {"config"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
@@ -56,8 +56,11 @@ def test_of_each_file(file: Path) -> None:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            doc = node.body[0]
+            first = doc.end_lineno if ast.get_docstring(node) else node.lineno
+            assert first is not None
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < 50, node.name
+            assert node.end_lineno - first < 50, node.name
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and top == "dhbe":
             assert not node.value.startswith(("attacks.", "defenses.")), node.value
     names = set(house.imported(file))

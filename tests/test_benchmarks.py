@@ -57,7 +57,7 @@ def test_one_victim_is_purified_in_each_precision(
 ) -> None:
     tiny = ["data=cifar10_mini", "data.limit=200", "model.widths=[16]", "victim.epochs=1"]
     tiny += ["defense.schedule.epochs=1", "trainer.threads=0", f"paths.victims={tmp_path}"]
-    arguments = ["", "cpu_badnets", "--defense", "finetune_cpu", "--seeds", "0", "--set", *tiny]
+    arguments = ["", "cpu_badnets", "--defense", "finetune", "--seeds", "0", "--set", *tiny]
     monkeypatch.setattr("sys.argv", [*arguments, "--precisions", "32-true", "bf16-mixed"])
     used = []
     fit = precision.Runtime.fit

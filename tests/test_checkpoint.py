@@ -204,8 +204,9 @@ def test_weights_that_shared_their_place_are_not_mixed_up(tmp_path: Path) -> Non
 
 def test_texts_of_a_file_are_never_evaluated(tmp_path: Path, compose_config, monkeypatch) -> None:
     """Names of tensors end up in the config's notes; as interpolations they could read secrets."""
+    from dhbe.config.resolution import resolved
     from dhbe.config.schema import plain
-    from dhbe.experiment.pipeline import assemble
+    from dhbe.experiment.assembly import assemble
 
     monkeypatch.setenv("SECRET", "key-0123")
     evil = ("${oc.env:SECRET}", "${package_data:this}", "${", "\x1b[2J")
@@ -215,8 +216,8 @@ def test_texts_of_a_file_are_never_evaluated(tmp_path: Path, compose_config, mon
         *("task=purify", f"checkpoint={tmp_path}/given.pt", "model=resnet_tiny"),
         *("model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),
     )
-    tree, _ = completed(plain(cfg), {})
-    said = " ".join(assemble(tree).victim.assumed)
+    tree, _ = resolved(plain(cfg), {})
+    said = " ".join(assemble(tree).source.assumed)
     assert "${oc.env:SECRET}" in said
     assert "key-0123" not in said
     assert "\x1b" not in said

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from conftest import make_spec, small
 from test_game import CPU, make_game, players
@@ -23,7 +22,7 @@ from dhbe.models.resnet import resnet
 from dhbe.report.folder import si, speeds, work
 from dhbe.training.runtime import Runtime
 from dhbe.training.supervised import Loss, Supervised, cross_entropy
-from dhbe.training.work import Counting, Work
+from dhbe.training.work import Counting
 
 MakeRuntime = Callable[..., Runtime]
 BATCHES = 10
@@ -68,12 +67,12 @@ def fit(
     images: Resident,
     *,
     epochs: int,
-    loss: Callable[[TrainingBatches], Loss] = lambda _: cross_entropy,
+    loss: Loss = cross_entropy,
     **options: Any,
 ) -> nn.Module:
     batches = TrainingBatches(images, spec=make_spec(), batch_size=8, seed=0, device=CPU)
     network = small()
-    module = Supervised(network, batches, schedule(epochs), role="x", loss=loss(batches))
+    module = Supervised(network, batches, schedule(epochs), role="x", loss=loss)
     runtime.fit(module, batches, epochs=epochs, **options)
     return network
 
@@ -88,66 +87,59 @@ def step(images: Resident) -> int:
 def test_samples_stand_for_all_batches_and_trainings_add_up(
     images: Resident, make_runtime: MakeRuntime
 ) -> None:
-    runtime = make_runtime()
-    assert runtime.tally.work is None
+    runtime = make_runtime(count=True)
+    assert runtime.work_total.work is None
     fit(runtime.stage("teacher"), images, epochs=4)
     fit(runtime, images, epochs=2)
-    assert runtime.tally.work is not None
-    assert runtime.tally.work.flops == 6 * BATCHES * step(images)
-    assert runtime.tally.work.seconds > 0
-    assert runtime.tally.work.bytes > 0
+    assert runtime.work_total.work is not None
+    assert runtime.work_total.work.flops == 6 * BATCHES * step(images)
+    assert runtime.work_total.work.seconds > 0
+    assert runtime.work_total.work.bytes > 0
 
 
 def test_what_happens_in_each_fifth_batch_and_in_first_epochs_is_counted_right(
     images: Resident, make_runtime: MakeRuntime
 ) -> None:
-    def loss(batches: TrainingBatches) -> Loss:
-        def measured(network: nn.Module, batch: Batch) -> torch.Tensor:
-            fifth = round(batches.progress * BATCHES) % 5 == 0
-            for _ in range(fifth + 4 * (batches.epoch < 2)):
-                F.cross_entropy(network(batch.images), batch.labels).backward()
-            return cross_entropy(network, batch)
+    def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
+        fifth = round(batch.progress * BATCHES) % 5 == 0
+        for _ in range(fifth + 4 * (batch.progress <= 2)):
+            F.cross_entropy(network(batch.images), batch.labels).backward()
+        return cross_entropy(network, batch)
 
-        return measured
-
-    runtime = make_runtime()
+    runtime = make_runtime(count=True)
     fit(runtime, images, epochs=7, loss=loss)
     steps = 7 * BATCHES + 7 * BATCHES // 5 + 4 * 2 * BATCHES
-    assert runtime.tally.work is not None
-    assert runtime.tally.work.flops == pytest.approx(steps * step(images), rel=1e-12)
+    assert runtime.work_total.work is not None
+    assert runtime.work_total.work.flops == pytest.approx(steps * step(images), rel=1e-12)
 
 
 def test_a_resumed_training_counts_like_a_whole_one(
     images: Resident, make_runtime: MakeRuntime
 ) -> None:
     with pytest.raises(InterruptedError):
-        fit(make_runtime(), images, epochs=6, callbacks=[StopAfter(3)])
+        fit(make_runtime(count=True), images, epochs=6, callbacks=[StopAfter(3)])
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     for attempt in ("resumed in the middle of what a sample stands for", "already finished"):
-        runtime = make_runtime()
+        runtime = make_runtime(count=True)
         fit(runtime, images, epochs=6)
-        assert runtime.tally.work is not None
-        assert runtime.tally.work.flops == 6 * BATCHES * step(images), attempt
+        assert runtime.work_total.work is not None
+        assert runtime.work_total.work.flops == 6 * BATCHES * step(images), attempt
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_counting_changes_no_number(
-    precision: str, images: Resident, make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
+    precision: str, images: Resident, make_runtime: MakeRuntime
 ) -> None:
-    def trained(work: str) -> list[dict[str, torch.Tensor]]:
-        runtime = make_runtime(work=work, precision=precision)
+    def trained(work: str, count: bool) -> list[dict[str, torch.Tensor]]:
+        runtime = make_runtime(work=work, precision=precision, count=count)
         network = fit(runtime.stage("supervised"), images, epochs=2)
         noise = SeededNoise(0, device=CPU, dtype=torch.float32)
         game = make_game(*players(torch.float32), noise, epochs=2)
         runtime.fit(game, range(3), epochs=2)
+        assert (runtime.work_total.work is not None) == count, "opt-in"
         return [network.state_dict(), game.state_dict()]
 
-    counted = trained("counted")
-    with monkeypatch.context() as patch:
-        patch.setattr("dhbe.training.runtime.WorkCounter", pl.Callback)
-        patch.setattr(pl.Callback, "stop", lambda self: None, raising=False)
-        patch.setattr(pl.Callback, "work", Work(), raising=False)
-        plain = trained("plain")
+    counted, plain = trained("counted", True), trained("plain", False)
     for ours, theirs in zip(counted, plain, strict=True):
         for key, value in ours.items():
             assert torch.equal(value, theirs[key]), key
@@ -157,9 +149,9 @@ def test_an_iteration_of_the_game_by_hand(make_runtime: MakeRuntime) -> None:
     """42 passes of the network, student 5 x 7, G 4, P 3, and those of the two generators."""
     network, generator, trigger = players(torch.float32)
     noise = SeededNoise(0, device=CPU, dtype=torch.float32)
-    runtime = make_runtime()
+    runtime = make_runtime(count=True)
     runtime.fit(make_game(network, generator, trigger, noise), range(8), epochs=1)
-    assert runtime.tally.work is not None
+    assert runtime.work_total.work is not None
 
     def passes(net: nn.Module, *shape: int) -> int:
         with Counting() as counting, torch.no_grad():
@@ -173,7 +165,7 @@ def test_an_iteration_of_the_game_by_hand(make_runtime: MakeRuntime) -> None:
     generators = 4 * classify + 3 * draw - latents[0]  # T and S forward and dx; G, no dz
     triggers = 3 * classify + 3 * patch - latents[1]  # S(x), S(x') and dx'; P, no dz
     served = (5 + 1) * draw + 5 * patch  # images for S and P, patches for S
-    assert runtime.tally.work.flops == 8 * (student + generators + triggers + served)
+    assert runtime.work_total.work.flops == 8 * (student + generators + triggers + served)
 
 
 def test_figures_of_the_report() -> None:

@@ -34,7 +34,7 @@ def training(
         found.update(options, network=network, batches=batches, schedule=schedule)
         raise Reached
 
-    patch.setattr(f"{type(method).__module__}.Supervised", grab)
+    patch.setattr("dhbe.training.runtime.Supervised", grab)
     with pytest.raises(Reached):
         method.repair(network.eval(), data, runtime)
     return SimpleNamespace(**found)
@@ -54,7 +54,8 @@ def test_nft(compose_config, images: Resident, make_runtime, monkeypatch) -> Non
     method, network = build("nft", compose_config), suspect().network
     data = granted(images, fraction=0.1)
     t = training(method, network, data, make_runtime(), monkeypatch)
-    rng, batch = t.batches.noise, next(iter(t.batches))
+    batch = next(iter(t.batches))
+    rng = batch.rng
     for scale in scales(network):
         scale.mask.data.fill_(0.9)
     before = rng.get_state()
@@ -196,7 +197,7 @@ def trainings(
         found[role] = SimpleNamespace(network=network, batches=batches, role=role, **more)
         return role
 
-    patch.setattr(f"{type(method).__module__}.Supervised", grab)
+    patch.setattr("dhbe.training.runtime.Supervised", grab)
     patch.setattr(
         "dhbe.training.runtime.Runtime.fit",
         lambda _, role, *__, **___: after(role, found[role].network),
@@ -246,7 +247,8 @@ def test_neural_cleanse(compose_config, images: Resident, make_runtime, monkeypa
     t = training(method, network, granted(images, fraction=0.1), runtime, monkeypatch)
     assert runtime.recorder.suspected == [2]
     assert runtime.recorder.pictures["triggers_found"].shape == (4, 3, 16, 16)
-    batch, rng = next(iter(t.batches)), t.batches.noise
+    batch = next(iter(t.batches))
+    rng = batch.rng
     before = rng.get_state()
     loss = t.loss(network, batch).item()
     rng.set_state(before)

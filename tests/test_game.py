@@ -25,7 +25,7 @@ from dhbe.game import (
     add_patches,
 )
 from dhbe.game.generator import UpConv
-from dhbe.methods.losses import imbalance, total_variation_l1, total_variation_l2
+from dhbe.methods.losses import imbalance, mean_prediction, total_variation_l1, total_variation_l2
 from dhbe.models.preact import WideResNet
 
 CPU = torch.device("cpu")
@@ -183,11 +183,13 @@ def test_impossible_sizes_are_refused(size: int) -> None:
 
 
 def test_imbalance_sees_the_classes_that_a_sure_network_never_names() -> None:
-    assert float(imbalance(torch.zeros(4, 10))) == pytest.approx(0, abs=1e-12)
+    assert float(imbalance(mean_prediction(torch.zeros(4, 10)))) == pytest.approx(0, abs=1e-12)
     turns = 200.0 * torch.eye(3)
-    assert float(imbalance(turns)) == pytest.approx(0, abs=1e-12), "sure, and each class once"
+    assert float(imbalance(mean_prediction(turns))) == pytest.approx(0, abs=1e-12), (
+        "sure, and each class once"
+    )
     logits = torch.tensor([[60.0, 0.0], [90.0, 0.0]], requires_grad=True)
-    loss = imbalance(logits)
+    loss = imbalance(mean_prediction(logits))
     share = (math.exp(-60) + math.exp(-90)) / 2
     assert loss.item() == pytest.approx(-(math.log(2) + math.log(2 * share)) / 2)
     loss.backward()

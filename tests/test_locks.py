@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from dhbe.core.locks import alone, held
+from dhbe.core.locks import exclusive, held
 
 WORKER = """
 import sys, time, fcntl
 from pathlib import Path
 if sys.argv[2] == "nolock":
     fcntl.flock = lambda *_: None  # as on a network file system that keeps locks to each machine
-from dhbe.locks import alone
+from dhbe.core.locks import exclusive
 path = Path(sys.argv[1])
-with alone(path):
+with exclusive(path):
     inside = path.with_name("inside")
     inside.mkdir()  # fails if another one is in there
     print("in", flush=True)
@@ -53,7 +53,7 @@ def test_a_killed_worker_holds_nothing(tmp_path: Path, kernel: str) -> None:
     assert not held(path)
     (tmp_path / "inside").rmdir()
     start = time.monotonic()
-    with alone(path):
+    with exclusive(path):
         assert held(path)
     assert time.monotonic() - start < 5
 
@@ -62,11 +62,11 @@ def test_the_claim_of_another_machine_counts_until_it_is_renewed_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "abc"
-    with alone(path, lease=3.0):
+    with exclusive(path, lease=3.0):
         claim = (tmp_path / ".abc.claim").read_text()
     monkeypatch.setattr("dhbe.core.locks.PATIENCE", 0.1)
     (tmp_path / ".abc.claim").write_text(claim.replace(os.uname().nodename, "another"))
     start = time.monotonic()
-    with alone(path, lease=3.0):
+    with exclusive(path, lease=3.0):
         assert 2.5 < time.monotonic() - start < 20
     assert "abc: waiting for another process" in caplog.text

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dhbe.evaluation.metrics import Predictions, Rate, Truth, der, rates
-from dhbe.experiment.results import summarize
+from dhbe.evaluation.metrics import Predictions, Rate, Truth, der, rates, summarize
 
 
 def truth(n: int = 40, classes: int = 4, target: int = 0) -> Truth:

@@ -26,14 +26,13 @@ from dhbe.game import (
     LearningRates,
     LossWeights,
     SeededNoise,
-    SharedNoise,
     TriggerNetwork,
 )
 from dhbe.models import Normalized
 from dhbe.training import parallel as processes
 from dhbe.training.recorder import Recorder
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig
 
@@ -59,16 +58,14 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
     pixels = torch.randint(0, 256, (32, 3, 16, 16), generator=rng, dtype=torch.uint8)
     data = Resident(pixels, torch.arange(32) % 4)
     batches = TrainingBatches(data, spec=make_spec(), batch_size=8, seed=0, device=CPU)
-    schedule = Schedule(
+    schedule = SGDSchedule(
         epochs=2,
         batch_size=8,
         learning_rate=0.1,
         momentum=0.9,
         nesterov=True,
         weight_decay=0.0,
-        schedule="cosine",
-        milestones=[],
-        decay=0.1,
+        shape=Cosine(end=0.0),
     )
     net, rows = network(), []
     module = Supervised(
@@ -86,7 +83,7 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         std=net.std,
         generator=generator.double(),
         trigger_network=trigger_network.double(),
-        noise=SharedNoise(SeededNoise(0, device=CPU, dtype=torch.float64)),
+        noise=SeededNoise(0, device=CPU, dtype=torch.float64),
         weights=LossWeights(patch=0.5, tv1=1e-3, tv2=1e-2, balance=1.0),
         rates=LearningRates(
             student=0.05,
@@ -116,8 +113,10 @@ def worker(rank: int, port: int, folder: Path) -> None:
     with processes.group(2, CPU):
         assert processes.agree(rank) == 0
         x = torch.tensor(rank + 1.0, requires_grad=True)
-        slope, *_ = torch.autograd.grad(processes.total(x) ** 2, x, create_graph=True)
-        assert (slope.item(), *torch.autograd.grad(slope, x)) == (12.0, 8.0)  # 2 (2 sum), 2 (2 2)
+        total = processes.Processes().all_reduce_sum(x)
+        gradient, *_ = torch.autograd.grad(total**2, x, create_graph=True)
+        second = torch.autograd.grad(gradient, x)
+        assert (gradient.item(), *second) == (12.0, 8.0)  # 2 (2 sum), 2 (2 2)
         torch.save(train(folder), folder / f"{rank}.pt")
 
 
@@ -152,15 +151,18 @@ def test_all_processes_end_alike(both: Any) -> None:
 def test_one_process_is_the_identity() -> None:
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     kept = x.clone()
-    processes.average([x])
-    assert torch.equal(x[processes.rows(5)], kept)
-    assert torch.equal(processes.vector_norm(x), torch.linalg.vector_norm(x))
+    alone = processes.Processes()
+    alone.average([x])
+    assert torch.equal(x[alone.rows(5)], kept)
+    assert alone.all_reduce_norm(x) is alone.all_reduce_mean(x) is alone.all_reduce_sum(x) is x
+    assert (alone.count, alone.rank, alone.first, alone.agree(3)) == (1, 0, True, 3)
 
 
 def test_an_uneven_batch_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "count", lambda: 2)
-    assert processes.rows(5) == slice(None)
-    assert processes.rows(6) == slice(0, 3)
+    two = processes.Processes()
+    assert two.rows(5) == slice(None)
+    assert two.rows(6) == slice(0, 3)
 
 
 def test_only_from_the_command_line_and_never_in_a_sweep() -> None:

@@ -155,7 +155,7 @@ def test_the_console_script_takes_a_file() -> None:
     with pytest.raises(ConfigError, match="name the checkpoint first"):
         purify_arguments(["seed=1"])
     done = subprocess.run(
-        [sys.executable, "-c", "import run; run.purify()", "seed=1"],
+        [sys.executable, "-c", "from dhbe.cli import purify; purify()", "seed=1"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ from conftest import ROOT
 from test_cli import GAME, TINY
 
 from dhbe.config.schema import plain
-from dhbe.experiment.pipeline import assemble
+from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import SmallResNet
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -83,7 +83,10 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
 def test_every_cell_of_every_sweep_assembles(name: str, compose_config) -> None:
     file = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
-    parameters = {k: str(v).split(",") for k, v in file["hydra"]["sweeper"]["params"].items()}
+    parameters = {
+        k: re.split(r",\s*(?![^{]*\})", str(v))
+        for k, v in file["hydra"]["sweeper"]["params"].items()
+    }
     assert math.prod(map(len, parameters.values())) >= 3
     parameters["seed"] = parameters["seed"][:1]  # it decides nothing here
     cells = list(itertools.product(*parameters.values()))
@@ -96,4 +99,4 @@ def test_every_cell_of_every_sweep_assembles(name: str, compose_config) -> None:
         ]
     for values in cells:
         overrides = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
-        assemble(plain(compose_config(*overrides)))
+        assemble(plain(compose_config(f"+sweep={name}", *overrides)))

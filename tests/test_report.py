@@ -554,3 +554,52 @@ def test_texts() -> None:
     assert percent(None) == "–"
     assert detail({"hits": 1, "total": 2, "wilson95": [0.1, 0.9]}) == "1/2, 95 %: 10.0–90.0"
     assert detail({"hits": 0, "total": 0, "wilson95": None}) == ""
+
+
+SGD = {"_target_": "dhbe.training.schedule.Schedule", "epochs": 10, "learning_rate": 0.2}
+SGD |= {"weight_decay": 0.0}
+EARLIER = {"victim": SGD | {"schedule": "cosine", "milestones": [], "decay": 0.1}}
+TODAY = {
+    "victim": SGD | {"shape": {"_target_": "dhbe.training.schedule.Cosine", "end": 0.0}},
+}
+
+
+def test_earlier_folders_bear_the_names_of_today(tmp_path: Path) -> None:
+    """One case, one method: suffix and schedule of then are scale and shape of now."""
+    node = {"defense": {"epochs": 20}, "attack": {"poison_rate": 0.2}}
+    earlier = {"attack": "wanet_cpu", "defense": "dhbe_cpu", "config": EARLIER | node}
+    today = {"attack": "wanet", "defense": "dhbe", "config": TODAY | node, "scale": "cpu"}
+    write_cell(tmp_path / "then", seed=0, asr=0.1, **earlier)  # type: ignore[arg-type]
+    write_cell(tmp_path / "now", seed=1, asr=0.1, **today)  # type: ignore[arg-type]
+    table = collect([tmp_path])
+    for column in ("case", "method", "attack", "defense", "scale", "attack_variant"):
+        assert table[column].nunique() == 1, column
+    assert set(table["scale"]) == {"cpu"}
+    (row,) = summarize(table).to_dict("records")
+    assert (row["defense"], row["scale"], row["n"]) == ("dhbe", "cpu", 2)
+
+
+def test_another_shape_is_another_case(tmp_path: Path) -> None:
+    constant = SGD | {"shape": {"_target_": "dhbe.training.schedule.Constant"}}
+    for i, config in enumerate([TODAY, {"victim": constant}, EARLIER]):
+        more = {} if config is EARLIER else {"scale": "cpu"}
+        write_cell(tmp_path / str(i), seed=i, asr=0.1, config=config, **more)
+    cases = collect([tmp_path]).set_index("seed")["case"]
+    assert cases[0] != cases[1]
+    assert cases[0] == cases[2]
+
+
+def test_scales_tell_methods_of_one_name_apart(tmp_path: Path) -> None:
+    for i, scale in enumerate(("cpu", "paper")):
+        node = {"defense": {"epochs": 20 + i, "iterations": 15 + i}}
+        write_cell(tmp_path / scale, seed=0, asr=0.1, config=node, scale=scale)
+    assert set(collect([tmp_path])["defense_variant"]) == {"scale=cpu", "scale=paper"}
+
+
+def test_an_ablation_is_no_failure_of_the_method(tmp_path: Path) -> None:
+    """A failed cell of several changed options does not stand in the row of the finished one."""
+    write_cell(tmp_path / "base", seed=0, asr=0.1, scale="paper")
+    write_failure(tmp_path, "lost", "ablation={patch_size:3}")
+    finished = collect([tmp_path])
+    (lost,) = failures([tmp_path], finished).to_dict("records")
+    assert lost["method"] != finished["method"][0]

@@ -13,16 +13,17 @@ from omegaconf import DictConfig
 from test_cli import TINY
 
 from dhbe.config.identity import cell
+from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.core.errors import DHBEError
 from dhbe.core.types import DataSpec
 from dhbe.data import Resident, TrainingBatches
 from dhbe.evaluation.evaluator import Evaluator
-from dhbe.experiment.pipeline import completed, run
-from dhbe.experiment.results import ResultFolder
+from dhbe.experiment.folder import ResultFolder
+from dhbe.experiment.pipeline import run
 from dhbe.training.recorder import Stopwatch
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 
 
@@ -96,7 +97,7 @@ def test_seconds_of_killed_attempts_count(
     """Checkpoints of a killed run lie there, with the seconds that it took."""
     cfg = compose_config(*TINY, "defense=finetune", "defense.schedule.epochs=1", "budget=pct5")
     folder = tmp_path / "results" / "abc"
-    tree, _ = completed(plain(cfg), {"model": "m"})
+    tree, _ = resolved(plain(cfg), {"model": "m"})
     work = ResultFolder(folder).open(cell(tree)) / "training"
     work.mkdir()
     (work / "seconds").write_text("2000.0")
@@ -108,10 +109,10 @@ def test_the_stopwatch_goes_on_over_all_trainings_of_a_stage(
 ) -> None:
     def fit(runtime: Runtime) -> None:
         schedule = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
-        schedule |= {"schedule": "cosine", "milestones": [], "decay": 0.1}
+        schedule |= {"shape": Cosine(end=0.0)}
         device = torch.device("cpu")
         batches = TrainingBatches(images, spec=spec, batch_size=40, seed=0, device=device)
-        budget = Schedule(epochs=1, batch_size=40, **schedule)
+        budget = SGDSchedule(epochs=1, batch_size=40, **schedule)
         module = Supervised(small(), batches, budget, role="x")
         runtime.fit(module, batches, epochs=1)
 

@@ -236,7 +236,7 @@ def test_wanet_displacement(compose_config) -> None:
     assert 0.15 < inside < 0.33
     ramp = axis.expand(1, 3, 32, 32) / 4 + 0.5  # moves by exactly the displacement
     with torch.no_grad():
-        out = attack.trigger(ramp, y=torch.zeros(1), index=torch.zeros(1))
+        out = attack.trigger(ramp)
     torch.testing.assert_close(out[0, 0], attack.warp[..., 0] / 4 + 0.5, atol=1e-5, rtol=0)
 
 
@@ -244,13 +244,13 @@ def test_wanet_covers_differ_from_the_trigger(compose_config) -> None:
     attack = build("wanet", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 3)
     codes = torch.tensor([0, POISON, COVER], dtype=torch.int8)
-    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
     warped = attack.apply(x, y=y, index=index)
     assert torch.equal(out[0], x[0])
     assert torch.equal(out[1], warped[1])
     assert not torch.equal(out[2], warped[2])
     assert not torch.equal(out[2], x[2])
-    again = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(1))
+    again = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(1))
     assert not torch.equal(out[2], again[2]), "fresh noise for every sample"
 
 
@@ -276,7 +276,7 @@ def test_bpp_covers_carry_a_foreign_residual(compose_config) -> None:
     x, y, index = batch(SPEC32, 2)
     x = x.clamp(0.2, 0.8).mul(255).round().div(255)
     codes = torch.tensor([COVER, POISON], dtype=torch.int8)
-    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
     foreign = residual(attack, x)[1]
     torch.testing.assert_close((out[0] - x[0]) * 255, foreign, atol=1e-2, rtol=0)
 
@@ -357,7 +357,7 @@ def test_adaptive_blend_shows_half_the_pieces(compose_config) -> None:
     attack = build("adaptive_blend", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 6)
     codes = torch.tensor([0, POISON, POISON, COVER, COVER, 0], dtype=torch.int8)
-    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
     changed = (out != x).any(1).view(6, 4, 8, 4, 8).any(4).any(2)
     assert changed.flatten(1).sum(1).tolist() == [0, 8, 8, 8, 8, 0]
     assert not torch.equal(changed[1], changed[2]), "a mask for every image"
@@ -367,7 +367,7 @@ def test_adaptive_patch_trains_faint_and_tests_full(compose_config) -> None:
     attack = build("adaptive_patch", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 64)
     codes = torch.full((64,), POISON, dtype=torch.int8)
-    out = attack.stamp(x, y=y, codes=codes, index=index, rng=generator(0))
+    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
     where = [((out != x).any(1) & ~attack.masks[i, 0].bool()).flatten(1).any(1) for i in range(4)]
     assert torch.stack(where).sum(0).eq(3).all(), "one patch per image"
     assert {int((~w).sum()) > 0 for w in where} == {True}

@@ -54,6 +54,7 @@ class Archive(WeightFile):
             raise Refused(kind or "a zip, but not one of torch.save (no data.pkl)")
         if self.size("data.pkl") > MAX_PICKLE:
             raise Refused(f"a data.pkl of more than {MAX_PICKLE:,} bytes")
+        self._check_sum("data.pkl")
         self.program = any(n.startswith(f"{self.root}/code/") for n in self.infos)
         self.content = self.converted(read_pickle(io.BytesIO(self.read("data.pkl"))))
         if self.program:
@@ -73,7 +74,8 @@ class Archive(WeightFile):
             raise Refused(named_archive(names) or "a zip, but not one of torch.save (no folder)")
         for info in infos:
             name, parts = info.filename, PurePosixPath(info.filename).parts
-            if len(parts) < 2 or ".." in parts or parts[0] == "/" or re.search(r"[\\:\0]", name):
+            inner = name.partition("/")[2]  # before it stands the file's name, whatever it was
+            if len(parts) < 2 or {"..", "/"} & set(parts) or re.search(r"[\\:\0]", inner):
                 raise Refused(f"record '{shown(name)}': a name that leaves its folder")
             if stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
                 raise Refused(f"record '{shown(name)}': a symbolic link, or encrypted")
@@ -139,11 +141,14 @@ class Archive(WeightFile):
         for name, info in self.infos.items():
             record = name.removeprefix(f"{self.root}/")
             if record.startswith("data") and info.compress_type == zipfile.ZIP_STORED:
-                found, (start, size) = 0, self.where(record)
-                for at in range(0, size, CHUNK):
-                    found = zlib.crc32(self.source.span(start + at, min(CHUNK, size - at)), found)
-                if found != info.CRC:
-                    raise Refused(f"damaged (record '{shown(record)}' has another checksum)")
+                self._check_sum(record)
+
+    def _check_sum(self, record: str) -> None:
+        found, (start, size) = 0, self.where(record)
+        for at in range(0, size, CHUNK):
+            found = zlib.crc32(self.source.span(start + at, min(CHUNK, size - at)), found)
+        if found != self.infos[f"{self.root}/{record}"].CRC:
+            raise Refused(f"damaged (record '{shown(record)}' has another checksum)")
 
 
 def flattened(content: Any) -> dict[str, Place]:

@@ -104,7 +104,7 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
 
 
 def _resnets(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Node]]:
-    stem = shapes.get("conv1.weight", (0,))[-1]
+    stem = (shapes.get("conv1.weight") or (0,))[-1]
     if "layer1.0.conv1.weight" in shapes and stem in STEMS:
         for depth in (18, 34, 50):
             node = {"_target_": OURS["resnet"], "depth": depth, "stem": STEMS[stem]}

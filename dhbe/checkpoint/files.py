@@ -6,6 +6,7 @@ they are written back is told in ``rebuilt.py``.
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import struct
@@ -151,21 +152,26 @@ def open_weights(path: Path) -> WeightFile:
         raise Refused("no such file" if not path.exists() else "not a file")
     source = Source(path)
     head = bytes(source.span(0, min(512, source.size)))
-    kind = named(head, path.suffix)
+    kind = named(head)
     if kind and not (head[8:9] == b"{" and source.size >= 10):
         raise Refused(kind)
     if not 8 <= source.size <= MAX_BYTES:
         raise Refused(f"{source.size:,} bytes; expected 8 to {MAX_BYTES:,}")
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small objects would be looked through again and again
     try:
         if head.startswith(b"PK\x03\x04"):
             return Archive(path, source)
         if head[8:9] == b"{":
             return Safetensors(path, source)
         return Legacy(path, source)
-    except DAMAGE as error:
-        raise Refused(f"damaged ({shown(error, 200)})") from error
     except RecursionError:
         raise Refused("nested too deeply") from None
+    except DAMAGE as error:
+        raise Refused(f"damaged ({shown(error, 200)})") from error
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def collected(tree: Any) -> dict[str, StorageRef]:

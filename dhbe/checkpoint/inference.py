@@ -23,9 +23,7 @@ from dhbe.core.types import DataSpec
 from dhbe.data.own import NORMALIZATIONS, statistics
 from dhbe.models.interface import prepared
 
-TARGET = "dhbe.checkpoint.CheckpointFile"
 BUDGET = {"_target_": "dhbe.data.Budget"}
-PICTURE = "attacks.picture.Picture"
 ROUNDED = 0.02
 """Normalisations that are closer are the same one, printed with fewer digits."""
 
@@ -48,7 +46,7 @@ def completed(
     """
     node = tree.get("victim")
     choices = dict(choices)
-    if not isinstance(node, dict) or node.get("_target_") != TARGET or node["path"] == "???":
+    if not isinstance(node, dict) or node.get("path", "???") == "???":
         return tree, choices
     checkpoint = Checkpoint(Path(node["path"]), node.get("key"))
     data = dict(tree["data"])
@@ -66,7 +64,6 @@ def completed(
         choices["budget"] = "own" if clean else "none"
         name = "own" if clean else "none (data.clean is not set)"
         tree = tree | {"budget": BUDGET | {"name": name, "fraction": float(clean)}}
-    tree, choices = suspected(tree, choices)
     if checkpoint.others:
         listed = ", ".join(map(shown, sorted(checkpoint.others)[:8]))
         notes.append(f"{len(checkpoint.others)} tensors outside the network stay as is: {listed}")
@@ -167,25 +164,6 @@ def said(checkpoint: Checkpoint) -> str | dict[str, Any] | None:
         if (name := str(facts.get(key, "")).lower()) in NORMALIZATIONS:
             return name
     return None
-
-
-def suspected(
-    tree: dict[str, Any], choices: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """``trigger=FILE`` stands for ``attack=picture attack.path=FILE``.
-
-    Raises:
-        ConfigError: another attack is chosen as well, or there are no images to try it on.
-    """
-    if tree.get("trigger") is None:
-        return tree, choices
-    if choices.get("attack", "none") != "none":
-        raise got("trigger", tree["trigger"], f"alone, not with attack={choices['attack']}")
-    if "test" in tree["data"] and tree["data"]["test"] is None:
-        raise got("data.test", None, f"labelled images to try trigger={tree['trigger']} on")
-    details = {"path": str(tree["trigger"]), "opacity": 1.0, "row": None, "column": None}
-    attack = tree["attack"] | {"_target_": PICTURE} | details
-    return tree | {"attack": attack}, choices | {"attack": "picture"}
 
 
 def inferred(*, classes: int, channels: int, image_size: int) -> nn.Module:

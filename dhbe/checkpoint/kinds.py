@@ -48,7 +48,7 @@ MEMBERS = {
 """Records of a zip -> the same."""
 
 
-def named(head: bytes, suffix: str) -> str:
+def named(head: bytes) -> str:
     """What a file of neither format is, with the remedy; empty if unknown.
 
     Args:
@@ -62,8 +62,6 @@ def named(head: bytes, suffix: str) -> str:
             "a tar archive: unpack it first (`tar xf`); if torch itself wrote it (before version "
             "0.1.10), load it where you trust it and save it again"
         )
-    if suffix.lower() == ".onnx":
-        return KINDS[rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x3a\x42]"]
     return ""
 
 

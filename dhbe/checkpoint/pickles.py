@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dhbe.core.errors import ArtefactError
 
-MAX_WORK = 2_000_000
+MAX_WORK = 1_000_000
 """Opcodes and values moved. A tensor of a state dict takes about 30, a poisoned image that
 BackdoorBench lists 28."""
 BYTES_PER_WORK = 64

@@ -3,30 +3,74 @@
 from __future__ import annotations
 
 import warnings
-from importlib.resources import files
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dhbe.config.identity import cell, content
+from dhbe.config.resolution import resolved
+from dhbe.config.schema import plain
+from dhbe.core.errors import DHBEError
+from dhbe.core.machine import cells_at_once
+from dhbe.core.paths import PACKAGE
+
 
 def register_resolvers() -> None:
-    """``${cell:}``: hash of what determines the result; ``${package_data:MODULE}``: its folder;
+    """Make known what the configs ask for.
+
+    ``${cell:}``: hash of what determines the result;
+    ``${content:KEY,FOLDER/PATTERN}``: fingerprint of the files that keys beside it name;
+    ``${package_data:MODULE}``: its folder;
     ``${workers:GIVEN}``: cells that this machine computes at once.
     """
     # Launchers of ours bear the names of the plugins' schemas, which they shall be checked against.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/")
     OmegaConf.register_new_resolver("cell", _cell, replace=True)
-    OmegaConf.register_new_resolver("workers", _workers, replace=True)
-    OmegaConf.register_new_resolver("package_data", lambda module: str(files(module)), replace=True)
+    OmegaConf.register_new_resolver("content", _content, replace=True)
+    OmegaConf.register_new_resolver("workers", cells_at_once, replace=True)
+    OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
+
+
+def _package_data(module: str) -> str:
+    """Folder of ``dhbe.<...>``; nothing is imported."""
+    return str(PACKAGE.joinpath(*module.split(".")[1:]))
+
+
+def name_of(cfg: DictConfig) -> str:
+    """Name of the result of a composed config: the hash of what it is when resolved completely.
+
+    A config that cannot be resolved gets the name of what is known; its run says what is wrong.
+    """
+    tree = plain(cfg)
+    try:
+        return cell(resolved(tree, {})[0])
+    except (DHBEError, OSError):
+        return cell(tree)
 
 
 def _cell(*, _root_: DictConfig) -> str:
-    from dhbe.config.identity import cell
-    from dhbe.config.schema import plain
-
-    return cell(plain(_root_))
+    return name_of(_root_)
 
 
-def _workers(given: int) -> int:
-    from dhbe.sweeping.workers import workers
+def _content(*keys: str, _parent_: DictConfig) -> str:
+    """Fingerprint of the files at the paths that these keys beside it hold.
 
-    return workers(given)
+    ``KEY`` holds a path, or ``FILE:NAME``; ``FOLDER/PATTERN`` two keys, of a folder and of a path
+    or pattern inside it.
+    """
+    paths: list[Path] = []
+    for key in keys:
+        values: list[Any] = [
+            None if OmegaConf.is_missing(_parent_, k) else _parent_.get(k) for k in key.split("/")
+        ]
+        if None in values:
+            continue
+        place = Path(str(values[0])).expanduser()
+        if len(values) > 1:
+            with suppress(NotImplementedError, ValueError):  # no pattern below a folder
+                paths += sorted(place.glob(str(values[1])))
+        else:
+            paths.append(place if place.exists() else Path(str(values[0]).rpartition(":")[0]))
+    return content(p for p in paths if p != Path())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -126,6 +126,36 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in resolved.items()}
 
 
+def value_errors(tree: dict[str, Any]) -> Iterator[str]:
+    """Mistakes that show without importing a component, which takes seconds."""
+    seed = tree.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        yield f"seed={seed}: expected an integer, 0 or more"
+    data, attack = tree.get("data"), tree.get("attack")
+    if not isinstance(data, dict) or not isinstance(attack, dict):
+        return
+    classes, target, rate = (
+        data.get("classes"),
+        attack.get("target_class"),
+        attack.get("poison_rate"),
+    )
+    if isinstance(classes, int) and isinstance(target, int) and not 0 <= target < classes:
+        allowed = f"a class of the data set, 0..{classes - 1}"
+        yield str(got("attack.target_class", target, allowed))
+    if isinstance(rate, (int, float)) and not 0 <= rate <= 1:
+        yield str(got("attack.poison_rate", rate, "a fraction of the training images, 0..1"))
+
+
+def refuse_early(tree: dict[str, Any]) -> None:
+    """Check what can be checked before torch is imported.
+
+    Raises:
+        ConfigError: lists everything that is wrong, one line each.
+    """
+    if found := list(value_errors(tree)):
+        raise ConfigError("\n".join(found))
+
+
 def validate(tree: dict[str, Any], groups: Iterable[str] = GROUPS) -> None:
     """Check the whole config.
 
@@ -137,15 +167,14 @@ def validate(tree: dict[str, Any], groups: Iterable[str] = GROUPS) -> None:
         ConfigError: lists everything that is wrong, one line each.
     """
     found: list[str] = []
-    seed = tree.get("seed")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        found.append(f"seed={seed}: expected an integer, 0 or more")
     for group in groups:
         node = tree.get(group)
         if not isinstance(node, dict) or not isinstance(node.get(TARGET), str):
             found.append(str(got(group, node, f"one of the configs in conf/{group}")))
     for group, node in tree.items():
         found += errors_in(node, group, frozenset(SUPPLIED.get(group, ())))
+    named = {message.split("=")[0] for message in found}
+    found += [message for message in value_errors(tree) if message.split("=")[0] not in named]
     if found:
         raise ConfigError("\n".join(sorted(found)))
 

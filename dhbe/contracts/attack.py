@@ -1,10 +1,9 @@
-"""The contract of an attack: choose training images, stamp them, say what counts as success."""
+"""The contract of an attack: choose training images, poison them, say what counts as success."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, TypedDict, final
 
@@ -48,10 +47,11 @@ class Poisoning(TypedDict):
     pool: Literal["exclude_target", "all"]
 
 
-class Attack(nn.Module, ABC):
+class Attack(nn.Module):
     """A backdoor attack; everything that makes it (patterns, grids, networks) is module state.
 
-    Subclasses implement ``trigger``; the other hooks have defaults that fit poisoning-only attacks.
+    Subclasses implement ``trigger`` (or ``labelled_trigger``, if labels or positions matter); the
+    other hooks have defaults that fit poisoning-only attacks.
     """
 
     clean_label: bool = False
@@ -88,15 +88,25 @@ class Attack(nn.Module, ABC):
 
     # ------------------------------------------------------------------ the trigger
 
-    @abstractmethod
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        """Triggered images (B, C, H, W); deterministic in evaluation mode.
+    def trigger(self, x: Tensor) -> Tensor:
+        """Triggered images, of images (B, C, H, W) in [0, 1]; deterministic in evaluation mode."""
+        raise NotImplementedError(f"{type(self).__name__} needs labels for its trigger")
+
+    def labelled_trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
+        """The same for attacks whose trigger depends on more than the image.
 
         Args:
-            x: images (B, C, H, W) in [0, 1].
             y: true labels (B,).
-            index: positions in the data set (B,), for attacks with stored per-image noise.
+            index: positions in the data set (B,).
         """
+        del y, index
+        return self.trigger(x)
+
+    def __init_subclass__(cls) -> None:
+        """Refuse, as an abstract method would, a class without any trigger."""
+        super().__init_subclass__()
+        if cls.trigger is Attack.trigger and cls.labelled_trigger is Attack.labelled_trigger:
+            raise TypeError(f"{cls.__name__} implements neither trigger nor labelled_trigger")
 
     @final
     def apply(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
@@ -110,7 +120,7 @@ class Attack(nn.Module, ABC):
                 f"images {tuple(x.shape)}, labels {tuple(y.shape)}, index {tuple(index.shape)}: "
                 f"expected (B, {', '.join(map(str, self.spec.shape))}), (B,), (B,)"
             )
-        out = self.trigger(x, y=y, index=index)
+        out = self.labelled_trigger(x, y=y, index=index)
         assert out.shape == x.shape, f"{type(self).__name__}.trigger changed the shape"
         return quantize(out)
 
@@ -172,7 +182,7 @@ class Attack(nn.Module, ABC):
         """Training labels (N,): the goal for poison, the true label for the rest."""
         return torch.where(codes.to(y.device) == POISON, self.rule.goal(y), y)
 
-    def stamp(
+    def training_images(
         self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         """Training images for given codes; the default puts the trigger on all that are not clean.
@@ -180,12 +190,12 @@ class Attack(nn.Module, ABC):
         Attacks whose training images differ from their test images (perturbed, masked) override it.
         """
         del rng
-        stamped = self.apply(x, y=y, index=index)
-        return torch.where((codes != CLEAN)[:, None, None, None], stamped, x)
+        triggered = self.apply(x, y=y, index=index)
+        return torch.where((codes != CLEAN)[:, None, None, None], triggered, x)
 
     @torch.no_grad()
     def poison(self, train: ImageSet, codes: Tensor, *, seed: int) -> ImageSet:
-        """The training set as the victim's owner gets it: stamped images, given labels.
+        """The training set as the victim's owner gets it: triggered images, given labels.
 
         For an attacker who controls training it is a snapshot: what one epoch looks like.
         """
@@ -198,8 +208,8 @@ class Attack(nn.Module, ABC):
             x, y, c, i = (
                 t.to(state.device) for t in (images[part], train.labels[part], codes[part], part)
             )
-            stamped = self.stamp(to_float(x), y=y, codes=c, index=i, rng=rng)
-            images[part] = stamped.mul(255).round().byte().to(images.device)
+            made = self.training_images(to_float(x), y=y, codes=c, index=i, rng=rng)
+            images[part] = made.mul(255).round().byte().to(images.device)
         return Resident(images, labels)
 
     # ------------------------------------------------------------------ hooks of trained attacks
@@ -220,7 +230,11 @@ class Attack(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A training batch (images, labels, codes) before augmentation; ``controls_training``."""
         codes = self.select(y, rng, part=True)
-        return self.stamp(x, y=y, codes=codes, index=index, rng=rng), self.relabel(y, codes), codes
+        return (
+            self.training_images(x, y=y, codes=codes, index=index, rng=rng),
+            self.relabel(y, codes),
+            codes,
+        )
 
     def players(self) -> Sequence[Player]:
         """Own networks that learn together with the victim; their gradients come from ``loss``."""
@@ -245,8 +259,7 @@ class NoAttack(Attack):
 
     active = False
 
-    def trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
-        del y, index
+    def trigger(self, x: Tensor) -> Tensor:
         return x
 
     def select(self, y: Tensor, rng: torch.Generator, *, part: bool = False) -> Tensor:

@@ -27,8 +27,6 @@ class Defense(ABC):
     selection: Selection = "fixed"
     idle: ClassVar[bool] = False
     """Whether leaving every weight as it is is what the method is for."""
-    weights_only: bool = False
-    """Whether weights are all that may change, because somebody's own code will load them."""
 
     @classmethod
     def check(cls, budget: Budget) -> None:
@@ -40,8 +38,8 @@ class Defense(ABC):
         if missing := budget.missing(cls.needs):
             raise BudgetError(
                 f"budget={budget.name}: {cls.__name__} needs {missing}; set budget=pct1 or another "
-                "that grants it (one_per_class, pct1, pct2, pct5, holdout5), or pick a data-free "
-                "defense (dhbe, clp)"
+                "that grants it (one_per_class, pct1, pct2, pct5, holdout5), or a defense that "
+                "needs no data"
             )
 
     def fits(self, spec: DataSpec) -> None:
@@ -66,7 +64,7 @@ class Defense(ABC):
         """
         self.check(data.budget)
         assert isinstance(suspect.network, Normalized)
-        if not finite(suspect.network):
+        if not all_finite(suspect.network):
             raise ArtefactError(
                 f"the suspect network ({suspect.architecture}) holds NaN or infinite weights; "
                 "no defense can start from it"
@@ -74,7 +72,7 @@ class Defense(ABC):
         network = copy.deepcopy(suspect.network).to(runtime.device, runtime.dtype).eval()
         network.requires_grad_(True)  # somebody may have frozen a part
         repaired = self.repair(network, data, runtime).eval()
-        if not finite(repaired):
+        if not all_finite(repaired):
             raise DivergenceError(
                 f"{type(self).__name__} produced NaN or infinite weights; lower its learning rate"
             )
@@ -82,7 +80,7 @@ class Defense(ABC):
             warning = (
                 f"WARNING: {type(self).__name__} changed no weight: the purified network is the "
                 "suspect, with whatever backdoor it has. Use a stricter setting or another defense "
-                "(dhbe_balanced_quick needs no images)"
+                "(dhbe_balanced needs no images)"
             )
             log.warning(warning)
             runtime.recorder.notes.insert(0, warning)
@@ -93,7 +91,7 @@ class Defense(ABC):
         return repaired.requires_grad_(True)
 
 
-def finite(network: torch.nn.Module) -> bool:
+def all_finite(network: torch.nn.Module) -> bool:
     """Whether all weights and buffers are finite."""
     values = (t for t in network.state_dict().values() if t.is_floating_point())
     return all(bool(t.isfinite().all()) for t in values)

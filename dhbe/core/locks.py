@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def alone(path: Path, lease: float = LEASE) -> Iterator[None]:
+def exclusive(path: Path, lease: float = LEASE) -> Iterator[None]:
     """Hold ``path`` for the block; others wait. A holder that dies frees it.
 
     The kernel's lock is exact among the processes of a machine. A network file system may keep it

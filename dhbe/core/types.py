@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,12 +46,30 @@ class Suspect:
 
 
 class Batch(NamedTuple):
-    """Training batch: images (B, C, H, W) float in [0, 1], labels, codes, positions, all (B,)."""
+    """Training batch, on the device and in the precision of the training.
+
+    Attributes:
+        images: (B, C, H, W) in [0, 1].
+        labels, codes, positions: (B,).
+        rng: for what a loss draws beside the batch; fresh in every epoch.
+        progress: epochs begun, this batch included (1.5: half of the second).
+    """
 
     images: Tensor
     labels: Tensor
     codes: Tensor
     positions: Tensor
+    rng: torch.Generator
+    progress: float
+
+    def part(self, rows: slice) -> Batch:
+        """Some rows of the batch."""
+        return self._replace(
+            images=self.images[rows],
+            labels=self.labels[rows],
+            codes=self.codes[rows],
+            positions=self.positions[rows],
+        )
 
 
 CLEAN, POISON, COVER = 0, 1, 2

@@ -4,7 +4,7 @@ from dhbe.data.access import Budget, DefenderData
 from dhbe.data.images import ImageSet, Resident, Streamed
 from dhbe.data.loader import TrainingBatches, augment, even, to_float
 from dhbe.data.own import OwnImages
-from dhbe.data.splits import Data, Splits
+from dhbe.data.splits import Data, Splits, load
 
 __all__ = [
     "Budget",
@@ -18,5 +18,6 @@ __all__ = [
     "TrainingBatches",
     "augment",
     "even",
+    "load",
     "to_float",
 ]

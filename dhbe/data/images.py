@@ -122,6 +122,7 @@ class Resident(ImageSet):
         self.images, self.labels, self.groups = images, labels, groups
 
     def subset(self, index: Tensor) -> Resident:
+        index = index.to(self.images.device)
         groups = None if self.groups is None else self.groups[index]
         return Resident(self.images[index], self.labels[index], groups)
 
@@ -156,6 +157,7 @@ class Streamed(ImageSet):
         self.channels, self.size, self.workers = channels, size, workers
 
     def subset(self, index: Tensor) -> Streamed:
+        index = index.cpu()
         return Streamed(
             self.encoded,
             self.labels[index],

@@ -68,14 +68,11 @@ class TrainingBatches:
     No state passes from one epoch to the next, so a training that resumes at an epoch boundary
     sees exactly what an uninterrupted one sees.
 
-    Attributes:
-        noise: generator for what a loss draws beside its batch; fresh in every epoch.
-        progress: epochs begun, the current batch included (1.5: half of the second).
-
     Args:
         images: the (poisoned) training set of N images, with the labels to train on.
         codes: what was done to each image (N,); default: nothing.
         spec: says how to augment.
+        dtype: of the images that a batch holds.
         steps: batches per epoch, drawn with replacement (ANP, NFT, FIP); None: each image once.
         compose: makes each batch what it is, before augmentation; the generator is the epoch's.
     """
@@ -88,25 +85,26 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
         codes: Tensor | None = None,
         compose: Compose | None = None,
         steps: int | None = None,
     ) -> None:
-        self.images, self.spec, self.device, self.compose = images.to(device), spec, device, compose
+        self.images, self.spec, self.compose = images.to(device), spec, compose
+        self.device, self.dtype = device, dtype
         self.batch_size = batch_size if steps else min(batch_size, len(images))
         self.seed, self.steps = seed, steps
         self.labels = images.labels.to(device)
         unmarked = torch.full((len(images),), CLEAN, dtype=torch.int8)
         self.codes = (unmarked if codes is None else codes).to(device)
         self.set_epoch(0)
-        self.progress = 0.0
 
     def __len__(self) -> int:
         """Batches per epoch; a ragged last one is dropped."""
         return self.steps or len(self.images) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields, and what ``noise`` draws in it."""
+        """Choose the epoch that the next iteration yields, and what its losses draw."""
         self.epoch = epoch
         self.noise = generator(self.seed, "noise", epoch, device=self.device)
 
@@ -118,10 +116,11 @@ class TrainingBatches:
         else:
             order = torch.randperm(total, generator=rng, device=self.device)[:count]
         for i, (raw, index) in enumerate(self.images.batches(order, self.batch_size)):
-            self.progress = (self.epoch * len(self) + i + 1) / len(self)
+            progress = (self.epoch * len(self) + i + 1) / len(self)
             raw, index = raw.to(self.device), index.to(self.device)
             labels, codes = self.labels[index], self.codes[index]
             if self.compose is not None:
                 raw, labels, codes = self.compose(to_float(raw), labels, index, rng)
             images = augment(raw, padding=self.spec.crop_padding, flip=self.spec.flip, rng=rng)
-            yield Batch(to_float(images), labels, codes, index)
+            x = to_float(images).to(self.dtype)
+            yield Batch(x, labels, codes, index, self.noise, progress)

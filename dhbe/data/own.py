@@ -40,6 +40,7 @@ class OwnImages(Data):
         clean: folder with one sub-folder per class; all of it goes to the defense.
         test: likewise; only the evaluation sees it.
         skip_unreadable: leave out corrupt, animated or huge images instead of stopping.
+        content: fingerprint of both folders, which makes other images another config.
 
     Sub-folders whose names are numbers stand for these classes, others for classes in name order.
     """
@@ -58,7 +59,9 @@ class OwnImages(Data):
         clean: str | None,
         test: str | None,
         skip_unreadable: bool,
+        content: str = "",
     ) -> None:
+        del content
         mean, std = statistics(normalization, channels)
         self.spec = DataSpec(
             name=name,
@@ -73,7 +76,6 @@ class OwnImages(Data):
         )
         self.folders = {"data.clean": clean, "data.test": test}
         self.skip_unreadable, self.order = skip_unreadable, order
-        self.skipped: list[str] = []
 
     def load(self) -> Splits | None:
         """The images of both folders; None if neither is given.
@@ -85,14 +87,22 @@ class OwnImages(Data):
             return None
         none = torch.empty(0, dtype=torch.int64)
         empty = Resident(torch.empty((0, *self.spec.shape), dtype=torch.uint8), none)
+        skipped: list[str] = []
         clean, test = (
-            self._read(key, Path(folder)) if folder else empty
+            self._read(key, Path(folder), skipped) if folder else empty
             for key, folder in self.folders.items()
         )
         pool = torch.arange(len(clean))
-        return Splits(train=empty, pool=clean, test=test, train_index=none, pool_index=pool)
+        return Splits(
+            train=empty,
+            pool=clean,
+            test=test,
+            train_index=none,
+            pool_index=pool,
+            skipped=tuple(skipped),
+        )
 
-    def _read(self, key: str, folder: Path) -> ImageSet:
+    def _read(self, key: str, folder: Path, skipped: list[str]) -> ImageSet:
         images, labels = [], []
         for file, label in labelled(key, folder, self.spec.classes):
             try:
@@ -102,7 +112,7 @@ class OwnImages(Data):
             except DataError as error:
                 if not self.skip_unreadable:
                     raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
-                self.skipped.append(str(file))
+                skipped.append(str(file))
                 continue
             turned = pixels[::-1] if self.order == "bgr" else pixels
             images.append(torch.from_numpy(turned.copy()))

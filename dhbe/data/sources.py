@@ -54,10 +54,14 @@ class Parquet(Source):
     """Parquet tables with columns ``image: struct<bytes, path>`` and ``label: int64``.
 
     The layout that Hugging Face ``datasets`` writes. ``by_track`` groups the rows by the prefix of
-    the file name before its last ``_`` (GTSRB: 30 video frames of one physical sign).
+    the file name before its last ``_`` (GTSRB: 30 video frames of one physical sign). ``content``
+    is the fingerprint of a user's tables, which makes other images another config.
     """
 
-    def __init__(self, *, root: str, train: str, test: str, by_track: bool = False) -> None:
+    def __init__(
+        self, *, root: str, train: str, test: str, by_track: bool = False, content: str = ""
+    ) -> None:
+        del content
         self.root, self.patterns, self.by_track = root, {"train": train, "test": test}, by_track
 
     def files(self, part: Part) -> list[Path]:
@@ -106,9 +110,13 @@ def _tracks(names: Iterable[str]) -> torch.Tensor:
 
 
 class Folder(Source):
-    """``root/<part>/<class name>/<image>``; classes are numbered in sorted order of the names."""
+    """``root/<part>/<class name>/<image>``; classes are numbered in sorted order of the names.
 
-    def __init__(self, *, root: str, train: str, test: str) -> None:
+    ``content`` is the fingerprint of the images, which makes others another config.
+    """
+
+    def __init__(self, *, root: str, train: str, test: str, content: str = "") -> None:
+        del content
         self.root, self.parts = root, {"train": train, "test": test}
 
     def load(self, part: Part, *, channels: int, size: int, stream: bool) -> ImageSet:

@@ -22,13 +22,18 @@ SIZES = tuple(sorted(base * 2**k for base in (5, 6, 7, 8) for k in range(6)))
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Disjoint image sets and, for the record, the training positions behind the first two."""
+    """Disjoint image sets and, for the record, the training positions behind the first two.
+
+    Attributes:
+        skipped: files that could not be read and were left out.
+    """
 
     train: ImageSet
     pool: ImageSet
     test: ImageSet
     train_index: Tensor
     pool_index: Tensor
+    skipped: tuple[str, ...] = ()
 
 
 class Data:
@@ -124,6 +129,21 @@ class Data:
             train_index=keep,
             pool_index=pool,
         )
+
+
+_last: dict[str, Splits | None] = {}
+
+
+def load(data: Data, name: str) -> Splits | None:
+    """The images of a data set; the last one stays in memory for the next run of a sweep.
+
+    Args:
+        name: fingerprint of the data set's config, the state of the user's files included.
+    """
+    if name not in _last:
+        _last.clear()
+        _last[name] = data.load()
+    return _last[name]
 
 
 def stratified(

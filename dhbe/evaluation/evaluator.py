@@ -17,6 +17,7 @@ from dhbe.evaluation.metrics import Predictions, Truth, rates
 log = logging.getLogger(__name__)
 BATCH = 500
 """Images per forward pass; halved when memory runs out."""
+_last: dict[tuple[object, ...], Predictions] = {}
 
 
 class Evaluator:
@@ -49,6 +50,19 @@ class Evaluator:
                     raise
                 size //= 2
                 log.warning("out of memory; evaluating with batches of %d", size)
+
+    def predict_once(self, network: nn.Module, name: tuple[object, ...]) -> Predictions:
+        """As ``predict``; the last answer serves the next defense of a sweep on the same victim.
+
+        Args:
+            name: of the network and of all that rounds its outputs.
+        """
+        name = (*name, self.test.fingerprint())
+        if name not in _last:
+            found = self.predict(network)
+            _last.clear()
+            _last[name] = found
+        return _last[name]
 
     def _predict(self, network: nn.Module, order: Tensor, size: int) -> Predictions:
         clean, triggered = [], []

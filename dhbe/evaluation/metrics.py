@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -88,3 +89,26 @@ def der(acc: tuple[float, float], asr: tuple[float, float]) -> float:
     [max(0, drop of ASR) - max(0, drop of ACC) + 1] / 2.
     """
     return (max(0.0, asr[0] - asr[1]) - max(0.0, acc[0] - acc[1]) + 1) / 2
+
+
+def summarize(
+    victim: Predictions | None, purified: Predictions | None, truth: Truth | None
+) -> dict[str, Any]:
+    """The ``victim``, ``purified``, ``der`` and ``counts`` entries; None where undefined."""
+    names = ("acc", "asr", "asr_conditional", "ra")
+    found: dict[str, dict[str, Rate | None]] = {}
+    for role, predictions in (("victim", victim), ("purified", purified)):
+        found[role] = dict.fromkeys(names)
+        if predictions is not None and truth is not None:
+            found[role] = rates(predictions, truth)
+    values = {
+        role: {n: None if r is None else r.value for n, r in rs.items()}
+        for role, rs in found.items()
+    }
+    pairs = [(values["victim"][n], values["purified"][n]) for n in ("acc", "asr")]
+    known = all(v is not None for pair in pairs for v in pair)
+    counts = {
+        role: {n: None if r is None else r.as_dict() for n, r in rs.items()}
+        for role, rs in found.items()
+    }
+    return {**values, "der": der(*pairs) if known else None, "counts": counts}  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
 
 from dhbe.game.distillation import Distillation, LearningRates, LossWeights
 from dhbe.game.generator import ImageGenerator
-from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise, SharedNoise
+from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Noise",
     "ScriptedNoise",
     "SeededNoise",
-    "SharedNoise",
     "TriggerNetwork",
     "add_patches",
 ]

@@ -18,9 +18,15 @@ from dhbe.core.errors import DivergenceError
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
-from dhbe.methods.losses import disagreement, imbalance, total_variation_l1, total_variation_l2
+from dhbe.methods.losses import (
+    disagreement,
+    imbalance,
+    mean_prediction,
+    neighbour_norms,
+    total_variation_l1,
+)
 from dhbe.training.compile import begin_step, eager
-from dhbe.training.parallel import average, average_gradients, mean, vector_norm
+from dhbe.training.parallel import Processes
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +73,7 @@ class Distillation(pl.LightningModule):
     P       -L1(S(x), S(x'))                               Adam, 1 move
     ======= ============================================== =====================
 
-    With ``balance``, G also minimises w_balance ``imbalance(T(x))``.
+    With ``balance``, G also minimises w_balance ``imbalance`` of T(x).
 
     The teacher stays in eval mode; the others train, so the student's BatchNorm statistics follow
     clean and patched batches, which pass separately, in all moves.
@@ -78,6 +84,7 @@ class Distillation(pl.LightningModule):
         trigger_network: None is the published control without it (data-free distillation, DFAD).
         noise: source of latents and patch places.
         epochs: length of the schedule.
+        processes: that share every batch; each plays with its rows of the same noise.
     """
 
     std: Tensor
@@ -95,6 +102,7 @@ class Distillation(pl.LightningModule):
         batch_size: int,
         student_moves: int,
         epochs: int,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -104,6 +112,7 @@ class Distillation(pl.LightningModule):
         self.register_buffer("std", std.clone())
         self.noise, self.weights, self.rates = noise, weights, rates
         self.batch_size, self.student_moves, self.epochs = batch_size, student_moves, epochs
+        self.processes = processes or Processes()
         self._sums: dict[str, Tensor] = {}
         self._last_good: dict[str, Any] = {}
         self.diverged_at: int | None = None
@@ -153,9 +162,11 @@ class Distillation(pl.LightningModule):
             if self.weights.tv1:
                 loss = loss + self.weights.tv1 * total_variation_l1(x)
             if self.weights.tv2:
-                loss = loss + self.weights.tv2 * total_variation_l2(x, vector_norm)
+                norms = self.processes.all_reduce_norm(neighbour_norms(x))
+                loss = loss + self.weights.tv2 * norms.sum()
             if self.weights.balance:
-                loss = loss + self.weights.balance * imbalance(teacher_logits, mean)
+                share = self.processes.all_reduce_mean(mean_prediction(teacher_logits))
+                loss = loss + self.weights.balance * imbalance(share)
             self._note("generator/gap", gap)
             self._descend(loss, optimizer)
 
@@ -173,22 +184,26 @@ class Distillation(pl.LightningModule):
             self._descend(-change, optimizer)
 
     def _images(self) -> Tensor:
-        images: Tensor = self.generator(self.noise.latent(self.batch_size, self.generator.latent))
+        images: Tensor = self.generator(self._latent(self.generator.latent))
         return images
+
+    def _latent(self, length: int) -> Tensor:
+        """The rows of a batch that this process has of latents."""
+        drawn = self.noise.latent(self.batch_size, length)
+        return drawn[self.processes.rows(self.batch_size)]
 
     def _patched(self, x: Tensor) -> Tensor | None:
         """``x`` with fresh patches at a fresh place; None without trigger network."""
         if self.trigger_network is None:
             return None
-        z = self.noise.latent(self.batch_size, self.trigger_network.latent)
-        patches = self.trigger_network(z)
+        patches = self.trigger_network(self._latent(self.trigger_network.latent))
         left, top = self.noise.place(x.shape[-1] - self.trigger_network.patch_size)
         return add_patches(x, patches, self.std, left, top)
 
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
-        average_gradients([optimizer])
+        self.processes.average_gradients([optimizer])
         optimizer.step()
         # One autocast region spans all moves, and its cache would keep the weights' low-precision
         # copies of before this step, or copies made under no_grad that pass on no gradient.
@@ -236,7 +251,7 @@ class Distillation(pl.LightningModule):
             for name, total in self._sums.items()
         }
         self._sums.clear()
-        average(means.values())
+        self.processes.average(means.values())
         self.log_dict(means)
         if not self._healthy(means):
             return

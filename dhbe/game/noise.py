@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dhbe.core.rng import derive_seed
-from dhbe.training.parallel import rows
 
 Place = tuple[int | Tensor, int | Tensor]
 """Column and row of a patch's corner: Python integers, or tensors () on the noise's device."""
@@ -61,22 +60,6 @@ class SeededNoise(Noise):
     def place(self, free: int) -> Place:
         left, top = torch.randint(free + 1, (2,), generator=self.places, device=self.device)
         return left, top
-
-
-class SharedNoise(Noise):
-    """Of another source's latents the rows of this process: together they make the same batch."""
-
-    def __init__(self, whole: Noise) -> None:
-        self.whole = whole
-
-    def latent(self, batch_size: int, length: int) -> Tensor:
-        return self.whole.latent(batch_size, length)[rows(batch_size)]
-
-    def place(self, free: int) -> Place:
-        return self.whole.place(free)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.whole.set_epoch(epoch)
 
 
 class ScriptedNoise(Noise):

@@ -34,8 +34,8 @@ def pgd(
     for _ in range(steps):
         moved = moved.detach().requires_grad_(True)
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(F.cross_entropy(network(moved), y), moved)
-        moved = moved + step_size * slope.sign()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(network(moved), y), moved)
+        moved = moved + step_size * gradient.sign()
         moved = moved.clamp(x - epsilon, x + epsilon)
         moved = moved.clamp(0, 1) if clip else moved
     return moved.detach()
@@ -50,9 +50,8 @@ def universal(
     neither d nor x + d is clipped.
     """
     delta: Tensor | None = None
-    dtype = next(network.parameters()).dtype
     for batch in batches:
-        x = batch.images.to(dtype)
+        x = batch.images
         if delta is None:
             delta = torch.zeros_like(x[:1])
         delta.requires_grad_(True)
@@ -60,7 +59,7 @@ def universal(
             predicted = network(x).argmax(dim=1)
         with torch.enable_grad():
             gain = F.cross_entropy(network(x + delta), predicted) - penalty * delta.square().sum()
-            (slope,) = torch.autograd.grad(gain, delta)
-        delta = (delta + learning_rate * slope).detach()
+            (gradient,) = torch.autograd.grad(gain, delta)
+        delta = (delta + learning_rate * gradient).detach()
     assert delta is not None, "no batch"
     return delta

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,17 +22,17 @@ def total_variation_l1(x: Tensor) -> Tensor:
     return torch.stack([d.abs().mean() for d in _neighbour_differences(x)]).sum()
 
 
-def total_variation_l2(
-    x: Tensor, norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
-) -> Tensor:
+def neighbour_norms(x: Tensor) -> Tensor:
+    """Frobenius norms (4,) of the differences in four directions, over the whole batch tensor."""
+    return torch.stack([torch.linalg.vector_norm(d) for d in _neighbour_differences(x)])
+
+
+def total_variation_l2(x: Tensor) -> Tensor:
     """Sum over four directions of the un-squared Frobenius norm over the whole batch tensor.
 
     DeepInversion's prior. It grows with the square root of the batch size.
-
-    Args:
-        norm: of a tensor; another one if the batch is spread over several processes.
     """
-    return torch.stack([norm(d) for d in _neighbour_differences(x)]).sum()
+    return neighbour_norms(x).sum()
 
 
 def disagreement(a: Tensor, b: Tensor) -> Tensor:
@@ -42,17 +40,24 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().mean()
 
 
-def imbalance(logits: Tensor, mean: Callable[[Tensor], Tensor] = lambda share: share) -> Tensor:
-    """KL(even classes || mean prediction of the batch), in nats, of logits (B, K).
+def total_variation_squared(x: Tensor) -> Tensor:
+    """Squared differences of vertical and horizontal neighbours, over all elements of x."""
+    down, right = x.diff(dim=2).square().sum(), x.diff(dim=3).square().sum()
+    return (down + right) / x.numel()
+
+
+def mean_prediction(logits: Tensor) -> Tensor:
+    """Mean over the batch of the classes' probabilities (K,), in double, of logits (B, K)."""
+    return logits.double().softmax(dim=1).mean(dim=0)  # float32 would round to zero
+
+
+def imbalance(share: Tensor) -> Tensor:
+    """KL(even classes || mean prediction of a batch), in nats, of mean predictions (K,).
 
     Zero if all classes are predicted equally often. DAFL's information entropy loss (Chen et al.,
     ICCV 2019) is the divergence the other way round, whose gradient vanishes where it is needed:
     when a sure network puts all images into one class.
-
-    Args:
-        mean: of the mean prediction (K,), if the batch is spread over several processes.
     """
-    share = mean(logits.double().softmax(dim=1).mean(dim=0))  # float32 would round to zero
     return -(share.clamp_min(1e-300) * len(share)).log().mean()
 
 

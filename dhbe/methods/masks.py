@@ -29,7 +29,7 @@ class Scale(nn.Module):
         return weight * (self.mask + self.noise)
 
 
-def norms(network: nn.Module, *, method: str) -> list[nn.BatchNorm2d]:
+def batch_norms(network: nn.Module, *, method: str) -> list[nn.BatchNorm2d]:
     """BatchNorms with channel weights, in order of definition.
 
     Raises:
@@ -39,7 +39,7 @@ def norms(network: nn.Module, *, method: str) -> list[nn.BatchNorm2d]:
     if not found:
         raise ConfigError(
             f"defense={method}: the network has no BatchNorm, which this method masks; use "
-            "defense=dhbe, finetune, ft_sam or awm, which need none"
+            "a defense that fine-tunes or prunes all weights"
         )
     return found
 

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhbe.data import ImageSet, to_float
+from dhbe.data import ImageSet
 from dhbe.models import Normalized
-from dhbe.models.dataflow import classifier, penultimate
-from dhbe.models.hooks import unrecorded
+from dhbe.models.dataflow import classifier, features
+from dhbe.models.hooks import frozen_statistics
+from dhbe.training.runtime import Runtime
 
 
 def optimize(
-    start: Tensor, loss: Callable[[Tensor], Tensor], *, steps: int, learning_rate: float
+    start: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    runtime: Runtime,
+    *,
+    steps: int,
+    learning_rate: float,
 ) -> Tensor:
-    """``start`` after ``steps`` of Adam on ``loss``; detached."""
-    latent = start.clone().requires_grad_(True)
+    """``start``, on the device of the run, after ``steps`` of Adam on ``loss``; detached."""
+    latent = start.to(runtime.device, runtime.dtype, copy=True).requires_grad_(True)
     optimizer = torch.optim.Adam([latent], lr=learning_rate)
     with torch.enable_grad():
         for _ in range(steps):
@@ -35,14 +41,12 @@ def selected_features(network: Normalized, x: Tensor, count: int) -> Tensor:
     """
     weight = classifier(network).weight
     chosen = weight.abs().sum(dim=0).topk(min(count, weight.shape[1])).indices
-    return penultimate(network, x)[0][:, chosen]
+    return features(network, x)[:, chosen]
 
 
-def sample(train: ImageSet, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``count`` random training images (B, C, H, W) in [0, 1] with their labels (B,)."""
-    index = torch.randperm(len(train), generator=rng)[:count]
-    part = train.subset(index).resident()
-    return to_float(part.images), part.labels
+def sample(train: ImageSet, count: int, rng: torch.Generator) -> ImageSet:
+    """``count`` random training images."""
+    return train.subset(torch.randperm(len(train), generator=rng)[:count])
 
 
 def smooth(latent: Tensor, size: int) -> Tensor:
@@ -60,4 +64,4 @@ def min_max(x: Tensor) -> Tensor:
 
 def frozen_call(network: nn.Module, x: Tensor) -> Tensor:
     """``network(x)`` with gradients for ``x`` alone: weights and statistics stay as they are."""
-    return unrecorded(network, x, {k: p.detach() for k, p in network.named_parameters()})
+    return frozen_statistics(network, x, {k: p.detach() for k, p in network.named_parameters()})

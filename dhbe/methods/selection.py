@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from dhbe.data import DefenderData, ImageSet, to_float
-from dhbe.methods.masks import norms, prune
+from dhbe.data import DefenderData, ImageSet
+from dhbe.methods.masks import batch_norms, prune
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 
@@ -22,17 +21,10 @@ THRESHOLDS = [-1.0, *(i / 20 for i in range(19))]
 """Mask thresholds to try: none pruned, then 0, 0.05 ... 0.9."""
 
 
-@torch.no_grad()
 def accuracy(network: nn.Module, images: ImageSet, runtime: Runtime) -> float:
     """Share of images classified correctly, in eval mode."""
-    training = network.training
-    network.eval()
-    hits = 0
-    for raw, index in images.batches(torch.arange(len(images)), 500):
-        logits = network(to_float(raw.to(runtime.device)).to(runtime.dtype))
-        hits += int((logits.argmax(1).cpu() == images.labels[index.cpu()]).sum())
-    network.train(training)
-    return hits / len(images)
+    predicted = runtime.forward(network, images).argmax(dim=1)
+    return int((predicted == runtime.labels(images)).sum()) / len(images)
 
 
 def choose(
@@ -99,7 +91,7 @@ def prune_by_masks(
     """
 
     def cut(net: Normalized, threshold: float) -> None:
-        prune(norms(net, method=method), masks, threshold)
+        prune(batch_norms(net, method=method), masks, threshold)
 
     threshold, network = choose(network, THRESHOLDS, cut, fixed=fixed, **how)
     total = sum(int((m <= threshold).sum()) for m in masks)

@@ -1,10 +1,12 @@
-"""Statistics that detectors share."""
+"""What detectors share: outliers, and how sure a network is."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 
 def outliers(values: np.ndarray, limit: float, *, side: Literal["above", "below"]) -> list[int]:
@@ -16,3 +18,10 @@ def outliers(values: np.ndarray, limit: float, *, side: Literal["above", "below"
     away = values - np.median(values)
     scaled = away / max(1.4826 * float(np.median(np.abs(away))), 1e-12)
     return np.flatnonzero(scaled > limit if side == "above" else scaled < -limit).tolist()
+
+
+@torch.no_grad()
+def confident(network: nn.Module, images: Tensor, label: int, confidence: float) -> Tensor:
+    """1 for images that the network surely takes for a class, 0 for others (B,)."""
+    sure: Tensor = network(images).softmax(dim=1)[:, label] > confidence
+    return sure.double()

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.core.types import Batch
-from dhbe.data import ImageSet, TrainingBatches, even
+from dhbe.data import ImageSet, even
 from dhbe.models import Normalized
-from dhbe.training.parallel import average
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
-from dhbe.training.supervised import Supervised
 
 
 def unlearn(
@@ -37,32 +35,27 @@ def unlearn(
     Args:
         clip: bound of the gradient's norm over all weights.
     """
-    own = runtime.stage("unlearn")
-    batches = TrainingBatches(
-        images,
-        spec=network.spec,
-        batch_size=even(len(images), schedule.batch_size),
-        seed=runtime.derive("unlearn"),
-        device=runtime.device,
-    )
     last = Last().to(runtime.device)
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
-        logits = net(batch.images.to(runtime.dtype))
+        logits = net(batch.images)
         last.accuracy = (logits.argmax(1) == batch.labels).float().mean()
         return -F.cross_entropy(logits, batch.labels)
 
     def stop(trainer: pl.Trainer, *_: Any) -> None:
-        average([last.accuracy])
+        runtime.processes.average([last.accuracy])
         trainer.should_stop = bool(last.accuracy <= stop_accuracy)
 
-    module = Supervised(
-        network, batches, schedule, role="unlearn", loss=loss, clip=clip, beside=last
-    )
-    own.fit(
-        module,
-        batches,
-        epochs=schedule.epochs,
+    runtime.stage("unlearn").train(
+        network,
+        images,
+        schedule,
+        purpose="unlearn",
+        role="unlearn",
+        batch_size=even(len(images), schedule.batch_size),
+        loss=loss,
+        clip=clip,
+        beside=last,
         callbacks=[LambdaCallback(on_train_start=stop, on_train_batch_end=stop)],
     )
     network.eval()

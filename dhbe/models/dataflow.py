@@ -57,6 +57,11 @@ def classifier(network: nn.Module) -> nn.Linear:
     return linear[-1]
 
 
+def features(network: nn.Module, x: Tensor) -> Tensor:
+    """Features before the last linear layer (B, F)."""
+    return penultimate(network, x)[0]
+
+
 def penultimate(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(features before the last linear layer (B, F), logits (B, classes)); gradients flow."""
     seen: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,35 @@ def capture(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def unrecorded(
+class Dropout(nn.Module):
+    """Zeroes values with probability ``share`` and scales the others, drawn from ``rng``."""
+
+    rng: torch.Generator
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.rand(x.shape, generator=self.rng, device=self.rng.device)
+        return x * (drawn >= self.share).to(x.dtype) / (1 - self.share)
+
+
+@contextmanager
+def inserted(
+    layer: nn.Module, *, before: Iterable[nn.Module], after: Iterable[nn.Module]
+) -> Iterator[None]:
+    """While the block lasts, ``layer`` stands before some modules of a network and after others."""
+    hooks = [m.register_forward_pre_hook(lambda _, args: layer(*args)) for m in before]
+    hooks += [m.register_forward_hook(lambda _, __, output: layer(output)) for m in after]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def frozen_statistics(
     network: nn.Module, x: Tensor, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """``network(x)`` in its mode, but BatchNorm's running statistics stay as they are.
@@ -72,26 +100,6 @@ def stages(network: nn.Module, probe: Tensor) -> list[nn.Module]:
     return [last[size] for size in sorted(last, reverse=True)]
 
 
-def blocks(network: nn.Module, *, method: str, least: int) -> list[nn.Module]:
-    """Residual blocks (modules with two convolutions and a shortcut) in order of definition.
-
-    Raises:
-        ConfigError: fewer than ``least``; names the defenses that need none.
-    """
-    found = [m for m in network.modules() if hasattr(m, "conv2") and shortcut_name(m) is not None]
-    if len(found) < least:
-        raise ConfigError(
-            f"defense={method}: the network has {len(found)} residual blocks, {least} are needed; "
-            "it works on ResNets and Wide ResNets. For other networks: dhbe, finetune, nft, anp"
-        )
-    return found
-
-
-def shortcut_name(block: nn.Module) -> str | None:
-    """Attribute of a residual block that holds its shortcut (None inside: the identity)."""
-    return next((n for n in ("downsample", "shortcut") if hasattr(block, n)), None)
-
-
 @torch.no_grad()
 def executed_after(network: nn.Module, cut: nn.Module, probe: Tensor) -> list[Any]:
     """Layers with weights that start after ``cut`` has finished, in order of execution."""
@@ -122,7 +130,6 @@ def smooth_cam(
     label: int,
     seed: int,
     *,
-    method: str,
     copies: int = 8,
     noise: float = 0.1,
 ) -> Tensor:
@@ -136,18 +143,20 @@ def smooth_cam(
     found = stages(network, network.probe())
     if not found:
         raise ConfigError(
-            f"defense={method}: the network has no feature maps; use defense=finetune"
+            "the network has no feature maps, so no class-activation map; use another defense"
         )
     rng = torch.Generator().manual_seed(seed)
     blur = torch.randn((copies, *x.shape), generator=rng).to(x.device, x.dtype)
     inputs = (x + noise * blur).requires_grad_(True)
     with torch.enable_grad(), capture(found[-1:]) as seen:
         score = network(inputs)[:, label].sum()
-        (slope,) = torch.autograd.grad(score, seen[0])
+        (gradient,) = torch.autograd.grad(score, seen[0])
     maps = seen[0].detach()
-    square, cube = slope.square(), slope**3
+    square, cube = gradient.square(), gradient**3
     below = 2 * square + (maps * cube).sum(dim=(2, 3), keepdim=True)
     weight = square / torch.where(below == 0, 1, below)
-    heat = ((weight * slope.relu()).sum(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().mean(0)
+    heat = (
+        ((weight * gradient.relu()).sum(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().mean(0)
+    )
     enlarged: Tensor = F.interpolate(heat[None, None], size=x.shape[-2:], mode="bilinear")
     return enlarged[0, 0]

@@ -78,7 +78,7 @@ def fresh(network: Normalized, seed: int, *, method: str) -> Normalized:
         raise ConfigError(
             f"defense={method}: it trains anew, but nothing in the network draws "
             f"{', '.join(kept[:4])}{' ...' if len(kept) > 4 else ''} anew; use another model, or a "
-            "defense that repairs the trained network (dhbe, finetune, nft)"
+            "defense that repairs the trained network instead"
         )
     return drawn.to(network.mean.device, network.mean.dtype)
 

@@ -49,7 +49,7 @@ def own(
     Args:
         factory: ``FILE.py:NAME``, or ``package.module:NAME``; a function or class.
         options: further arguments.
-        sha256: of the file, for the record; not checked.
+        sha256: of the file: other code is another network; not checked.
 
     Raises:
         ConfigError: no such file or name, the factory fails, or it returns no module.

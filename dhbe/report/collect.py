@@ -3,7 +3,8 @@
 Runs are grouped by the *case* (what was attacked: data, model, attack, victim's training) and the
 *method* (what erased it: defense, budget, selection). Runs of one case and one method differ in the
 seed alone. Where two cases or methods bear the same names, ``variant`` says which options differ
-(or, where those are not known, the start of the hash).
+(or, where those are not known, the start of the hash). The scale is told beside them; as far as it
+changed anything, the options hold it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dhbe.config.identity import CASE as ATTACKED
+from dhbe.config.identity import LATER, NEUTRAL
+from dhbe.config.identity import METHOD as ERASED
+from dhbe.report import former
 from dhbe.report.folder import ROLES, read_metrics, speeds
 
 CASE = ["data", "model", "attack", "attack_variant"]
@@ -29,13 +34,6 @@ OPTIONS = ["case_options", "method_options"]
 OPTIONS_FILE = "options.json"
 """Beside ``results.csv``: options by hash."""
 RATES = ("acc", "asr", "ra", "asr_conditional")
-ATTACKED = ("data", "model", "attack", "victim")
-ERASED = ("defense", "budget", "trainer")
-"""Config groups of a case and of a method."""
-NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
-"""Options that change neither, or that the names tell."""
-LATER = {"tf32": False, "compile": "never", "recompute": False}
-"""Options that older runs do not have; with these values they make no difference to them."""
 
 
 def collect(folders: Iterable[Path]) -> pd.DataFrame:
@@ -51,7 +49,7 @@ def collect(folders: Iterable[Path]) -> pd.DataFrame:
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(lambda folder: _row(folder, options), found))
     if not rows:
-        return pd.DataFrame(columns=[*CASE, *METHOD, *RUN, *OPTIONS, "der"])
+        return pd.DataFrame(columns=[*CASE, *METHOD, "scale", *RUN, *OPTIONS, "der"])
     table = pd.DataFrame(rows).drop_duplicates(RUN, keep="last").reset_index(drop=True)
     return relabel(table)[0]
 
@@ -61,7 +59,7 @@ def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
     tables = tuple(t.copy() for t in tables)
     for column, names in (("case", CASE), ("method", METHOD)):
         *given, variant = names
-        needed = [column, f"{column}_options", *given, variant]
+        needed = [column, f"{column}_options", *given, variant, "scale"]
         texts = _variants(pd.concat([t.reindex(columns=needed) for t in tables]), column, names)
         for table in tables:
             table[variant] = [texts[name] for name in table[column]]
@@ -70,14 +68,18 @@ def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     m = read_metrics(folder)
+    earlier = "scale" not in m
+    if earlier:
+        m |= former.names(m["attack"], m["defense"])
     file = folder / "config.yaml"
     config = yaml.load(file.read_text(), Loader=yaml.CSafeLoader) if file.exists() else {}
     if m["attack"] == "none":
         config["attack"] = None  # poisoning options have no effect
-    row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection")}
+    row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection", "scale")}
     row |= {k: m[k] for k in ("seed", "poison_rate", "der")}
     row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in RATES}
-    row["floor_asr"] = m.get("floor", {}).get("asr")
+    baseline = m.get("clean_baseline") or m.get("floor") or {}  # older results say floor
+    row["clean_baseline_asr"] = baseline.get("asr")
     row["epochs"] = config.get("victim", {}).get("epochs")
     row["clean_images"] = _clean_images(config)
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
@@ -85,6 +87,7 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row["peak_memory_mb"] = m.get("peak_memory_mb")
     for column, names, groups in (("case", CASE, ATTACKED), ("method", METHOD, ERASED)):
         flat = flatten({g: config.get(g) for g in groups})
+        flat = former.options(flat) if earlier else flat
         named = [m[name] for name in names if name in m]
         row[column] = digest(named, flat)
         row[f"{column}_options"] = options.setdefault(row[column], flat)
@@ -112,13 +115,15 @@ def flatten(node: Any, path: str = "") -> dict[str, Any]:
         return {path: node}
     found: dict[str, Any] = {}
     for key, value in node.items():
-        if key not in NEUTRAL and LATER.get(key, ...) != value:
+        if key == "_target_" and path.endswith(".shape"):
+            found[path] = value.rpartition(".")[2]
+        elif key not in NEUTRAL and LATER.get(key, ...) != value:
             found |= flatten(value, f"{path}.{key}" if path else str(key))
     return found
 
 
 def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, str]:
-    """For each hash in ``column``: the options that tell it from others of the same names.
+    """For each hash in ``column``: the scale or the options that tell it from others so named.
 
     Where its options are not known, the former text; where texts are the same, also the hash.
     """
@@ -126,7 +131,8 @@ def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, s
         zip(table[column], table[f"{column}_options"], strict=True)
     )
     *given, variant = names
-    former = dict(zip(table[column], table[variant].fillna(""), strict=True))
+    before = dict(zip(table[column], table[variant].fillna(""), strict=True))
+    scale = dict(zip(table[column], table["scale"], strict=True))
     kin: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for row in table[[column, *given]].itertuples(index=False):
         kin[tuple(row[1:])].add(row[0])
@@ -135,11 +141,14 @@ def _variants(table: pd.DataFrame, column: str, names: list[str]) -> dict[str, s
         known = [options[name] for name in group if options[name]]
         keys = sorted({k for o in known for k in o})
         differing = [k for k in keys if len({repr(o.get(k)) for o in known}) > 1]
+        if len({scale[name] for name in group}) == len(group) > 1:
+            found |= {name: f"scale={scale[name]}" for name in group}
+            continue
         texts = {}
         for name in group:
             own = options[name]
             shown = [f"{k.partition('.')[2] or k}={own[k]}" for k in differing if k in own]
-            texts[name] = ", ".join(shown) if own else former[name]
+            texts[name] = ", ".join(shown) if own else before[name]
         times = Counter(texts.values())
         for name, text in texts.items():
             found[name] = text if times[text] == 1 else f"{text} #{name[:6]}".strip()
@@ -172,10 +181,33 @@ def merge(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Rows of a former ``results.csv``, replaced where the same run was made again."""
     if old.exists():
         text = dict.fromkeys(("case", "method", "commit"), str)  # some hashes look like numbers
-        former = pd.read_csv(old, keep_default_na=True, dtype=text)
+        kept = pd.read_csv(old, keep_default_na=True, dtype=text)
+        kept = kept.rename(columns={"floor_asr": "clean_baseline_asr"})  # of older versions
         file = old.with_name(OPTIONS_FILE)
         options = json.loads(file.read_text()) if file.exists() else {}
         for column in ("case", "method"):
-            former[f"{column}_options"] = [options.get(name, {}) for name in former[column]]
-        new = pd.concat([t for t in (former, new) if len(t)] or [new], ignore_index=True)
+            kept[f"{column}_options"] = [options.get(name, {}) for name in kept[column]]
+        if "scale" not in kept:
+            kept = renamed(kept)
+        new = pd.concat([t for t in (kept, new) if len(t)] or [new], ignore_index=True)
     return relabel(new.drop_duplicates(RUN, keep="last").reset_index(drop=True))[0]
+
+
+def renamed(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of an earlier version with today's names, options and hashes."""
+    table = table.copy()
+    pairs = zip(table["attack"], table["defense"], strict=True)
+    today = [former.names(*p) for p in pairs]
+    for column in ("attack", "defense", "scale"):
+        table[column] = [found[column] for found in today]
+    for column, names in (("case", CASE), ("method", METHOD)):
+        given = [n for n in names if not n.endswith("_variant")]
+        flats = [former.options(o) for o in table[f"{column}_options"]]
+        table[f"{column}_options"] = pd.Series(flats, index=table.index, dtype=object)
+        table[column] = [
+            digest(row, flat) if flat else name
+            for name, flat, row in zip(
+                table[column], flats, table[given].to_numpy().tolist(), strict=True
+            )
+        ]
+    return table

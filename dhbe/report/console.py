@@ -15,7 +15,8 @@ from dhbe.report.folder import rows
 def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None:
     """Print before/after rates, times and the folder's path."""
     m = metrics
-    title = f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}, seed {m['seed']}"
+    title = f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}"
+    title += f", scale {m['scale']}, seed {m['seed']}"
     if m["selection"] == "oracle":
         title += ", chosen with eyes on the test set (oracle)"
     table = Table(title=escape(title))

@@ -14,21 +14,17 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from dhbe.report.collect import (
-    ATTACKED,
-    CASE,
-    ERASED,
-    METHOD,
-    NEUTRAL,
-    OPTIONS,
-    RUN,
-    digest,
-    flatten,
-)
+from dhbe.config.identity import CASE as ATTACKED
+from dhbe.config.identity import METHOD as ERASED
+from dhbe.config.identity import NEUTRAL
+from dhbe.report import former
+from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
 
+ABLATION = "ablation"
+"""Root key of a sweep that changes one of several options at a time."""
 SUFFIX = ".failed.json"
 CAUSE = ["outcome", "error", "message", "overrides"]
-SHOWN = [*CASE[:3], *METHOD[:2], "seed", *CAUSE]
+SHOWN = [*CASE[:3], *METHOD[:2], "scale", "seed", *CAUSE]
 """Columns for readers."""
 
 
@@ -51,7 +47,7 @@ def failures(folders: Iterable[Path], finished: pd.DataFrame) -> pd.DataFrame:
         cell = file.with_name(file.name[1:].removesuffix(SUFFIX))
         if not (cell / "metrics.json").exists():  # else it was finished later, by a single run
             rows.append(_row(json.loads(file.read_text()), kin))
-    columns = [*CASE, *METHOD, *RUN, *OPTIONS, "poison_rate", "epochs", *CAUSE]
+    columns = [*CASE, *METHOD, "scale", *RUN, *OPTIONS, "poison_rate", "epochs", *CAUSE]
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
@@ -70,6 +66,11 @@ def _kin(table: pd.DataFrame, column: str, names: list[str]) -> Kin:
 def _row(record: dict[str, Any], kin: dict[str, Kin]) -> dict[str, Any]:
     chosen = record["choices"]
     row: dict[str, Any] = {g: chosen.get(g) or "custom" for g in (*CASE[:3], *METHOD[:2])}
+    row |= (
+        {"scale": chosen["scale"]}
+        if "scale" in chosen
+        else former.names(row["attack"], row["defense"])
+    )
     idle = {"attack"} if row["attack"] == "none" else set()  # its options have no effect
     for column, names, groups in (("case", CASE[:3], ATTACKED), ("method", METHOD[:2], ERASED)):
         said = _said(record["overrides"], set(groups) - idle)
@@ -88,7 +89,9 @@ def _said(overrides: list[str], groups: set[str]) -> dict[str, Any]:
     for override in overrides:
         path, _, text = override.lstrip("+").partition("=")
         parts = path.split(".")
-        if len(parts) > 1 and parts[0] in groups and not set(parts) & set(NEUTRAL):
+        if path == ABLATION:  # of several options at once
+            found[path] = text
+        elif len(parts) > 1 and parts[0] in groups and not set(parts) & set(NEUTRAL):
             group, name = path.rsplit(".", 1)
             found |= flatten({name: _value(text)}, group)
     return found

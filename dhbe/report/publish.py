@@ -57,18 +57,23 @@ def write_report(
     (out / "tables.md").write_text("\n".join(sections))
     parts = [f"% {title}\n{latex(found)}" for title, found in tables.items()]
     (out / "tables.tex").write_text("\n".join(parts))
-    pictures = []
-    for name, caption, figure in figures(table) if len(table) else ():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        (out / f"{name}.png").write_bytes(buffer.getvalue())
-        pictures.append({"source": data_url(buffer.getvalue()), "caption": caption})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dhbe.report", "templates"), autoescape=True
     )
     page = environment.get_template("collection.html").render(
         tables=tables | {"Every run": runs.drop(columns=HIDDEN, errors="ignore")},
-        pictures=pictures,
+        pictures=write_figures(table, out) if len(table) else [],
     )
     (out / "index.html").write_text(page, encoding="utf-8")
     return tables
+
+
+def write_figures(table: pd.DataFrame, out: Path) -> list[dict[str, str]]:
+    """Write the figures of ``collect``'s table as PNG; ``source`` and ``caption`` for the page."""
+    pictures = []
+    for name, caption, figure in figures(table):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        (out / f"{name}.png").write_bytes(buffer.getvalue())
+        pictures.append({"source": data_url(buffer.getvalue()), "caption": caption})
+    return pictures

@@ -50,7 +50,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """One row per case and method: means over seeds with n and 95 % intervals; rates in percent."""
     rows = []
     for key, group in table.groupby([*CASE, *METHOD], sort=True):
-        row = dict(zip([*CASE, *METHOD], key, strict=True)) | {"n": len(group)}
+        row = dict(zip([*CASE, *METHOD], key, strict=True)) | {"scale": scales(group)}
+        row["n"] = len(group)
         for role in ROLES:
             for name in SHOWN:
                 row[f"{role} {name.upper()}"] = interval(group[f"{role}_{name}"] * 100)
@@ -58,6 +59,11 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         row["seconds"] = interval(group["seconds_defense"])
         rows.append(row)
     return without_empty(pd.DataFrame(rows), ["attack_variant", "defense_variant"])
+
+
+def scales(runs: pd.DataFrame) -> str:
+    """The scales of runs; several where they change none of the options."""
+    return ", ".join(sorted(runs["scale"].unique()))
 
 
 def labels(table: pd.DataFrame) -> pd.DataFrame:
@@ -200,8 +206,7 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
 
     The network may be another: both are named. ``band`` says whether ACC is within 1.5 points and
     ASR within 5 points, or within twice the published ASR where that is below 10 %; there is no
-    band for a published ASR between 20 and 80 %, which differs from seed to seed. ``_cpu`` at the
-    end of our names is ignored in the search.
+    band for a published ASR between 20 and 80 %, which differs from seed to seed.
 
     Args:
         published: columns source, data, model, attack, poison_rate, defense, acc, asr (percent).
@@ -212,7 +217,6 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
     for key, group in table.groupby([*ours, "model"]):
         named = dict(zip(ours, key[:-1], strict=True))
         sought = [named[k] for k in keys]
-        sought = [v.removesuffix("_cpu") if isinstance(v, str) else v for v in sought]
         there = (published[keys] == sought).all(axis=1)
         for figure in published[there].to_dict("records"):
             acc, asr = (100 * group[f"purified_{r}"].mean() for r in ("acc", "asr"))
@@ -221,7 +225,11 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
             band = "no band" if 20 <= figure["asr"] <= 80 else "inside" if close else "outside"
             rows.append(
                 named
-                | {"measured on": key[-1], "n": int(group["purified_asr"].count())}
+                | {
+                    "measured on": key[-1],
+                    "scale": scales(group),
+                    "n": int(group["purified_asr"].count()),
+                }
                 | {r.upper(): interval(100 * group[f"purified_{r}"]) for r in ("acc", "asr")}
                 | {"published on": figure["model"]}
                 | {f"published {r.upper()}": figure[r] for r in ("acc", "asr")}

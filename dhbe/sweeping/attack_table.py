@@ -64,6 +64,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for row in table.to_dict("records"):
         shown = examples(row["folder"])
+        baseline = row["clean_baseline_asr"]
         pictures = stealth(shown["clean"], shown["triggered"]) if "triggered" in shown else {}
         found.append(
             {k: row[k] for k in (*KEYS, "case")}
@@ -73,7 +74,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
                 for k in ("acc", "asr", "ra")
                 if _known(row[f"victim_{k}"])
             }
-            | ({"floor": 100 * row["floor_asr"]} if _known(row["floor_asr"]) else {})
+            | ({"floor": 100 * baseline} if _known(baseline) else {})
             | pictures
             | {"seconds": row["seconds_victim"], "commit": row["commit"]}
         )
@@ -102,8 +103,8 @@ def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
 def text(table: pd.DataFrame) -> str:
     """The table as Markdown, accuracy also as difference to the clean-trained network."""
     table = table.copy()
-    clean = table[table["attack"] == "none"].drop_duplicates(SETTING, keep="last")
-    clean = clean.set_index(SETTING)["acc"]
+    untouched = table[table["attack"] == "none"].drop_duplicates(SETTING, keep="last")
+    clean = untouched.set_index(SETTING)["acc"]
     base = [clean.get(tuple(k)) for k in table[SETTING].to_numpy().tolist()]
     gap = [f"{a - b:+.1f}" if _known(b) else "–" for a, b in zip(table["acc"], base, strict=True)]
     table["vs clean"] = gap

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dhbe.config.resolvers import register_resolvers
+from dhbe.core.machine import cells_at_once
 from dhbe.sweeping.failures import (
     announce_job,
     failure_file,
@@ -27,7 +28,7 @@ from dhbe.sweeping.failures import (
     write_json,
 )
 from dhbe.sweeping.plan import Plan, launched, summarize
-from dhbe.sweeping.workers import holds_slot, pin, take_slot, workers
+from dhbe.sweeping.workers import holds_slot, pin, take_slot
 
 EXTRAS = {"submitit_local": "slurm"}
 """Extra that brings a launcher, where it is not called like the launcher."""
@@ -38,7 +39,7 @@ class Sweep(Callback):
 
     Args:
         workers: cells that this machine computes at once, under launchers that leave the choice
-            to us; 0: as ``workers`` says.
+            to us; 0: as ``cells_at_once`` says.
     """
 
     def __init__(self, *, workers: int) -> None:
@@ -73,7 +74,8 @@ class Sweep(Callback):
             write_json(plan.file, asdict(plan))
             record_lost_jobs(Path(plan.results))
             self.group = plan.file.stem
-        self.workers = workers(self.workers) if self.limit else config.hydra.launcher.get("n_jobs")
+        n_jobs = config.hydra.launcher.get("n_jobs")
+        self.workers = cells_at_once(self.workers) if self.limit else n_jobs
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take a share of this machine, once per process: one GPU, or some of the CPU threads.

@@ -2,7 +2,7 @@ r"""Hyper-parameter search: ``python -m dhbe.sweeping.search NAME [--trials N] O
 
 Overrides are those of ``run.py``; what Hydra calls a sweep is searched instead:
 
-    python -m dhbe.sweeping.search patch --trials 20 defense=dhbe_quick \
+    python -m dhbe.sweeping.search patch --trials 20 defense=dhbe \
         "defense.weights.patch=tag(log,interval(0.05,1))" "defense.patch_size=choice(3,5,7)"
 
 The study NAME lies in ``outputs/results/search.db``; the same command continues a killed one, and
@@ -36,16 +36,20 @@ from hydra.core.override_parser.types import (
 
 from dhbe.checkpoint import CheckpointFile
 from dhbe.config import identity
-from dhbe.config import schema as config
-from dhbe.config.resolvers import register_resolvers
+from dhbe.config.resolution import resolved
+from dhbe.config.resolvers import name_of, register_resolvers
+from dhbe.config.schema import plain
 from dhbe.core.errors import ConfigError, DHBEError, DivergenceError, got
-from dhbe.core.exits import guarded
+from dhbe.core.exit_status import guarded
 from dhbe.core.paths import CONF
+from dhbe.data import load
 from dhbe.data.access import not_granted
 from dhbe.evaluation.evaluator import Evaluator
-from dhbe.experiment import results
-from dhbe.experiment.pipeline import assemble, build_network, load, obtain_victim, run
+from dhbe.evaluation.metrics import summarize
+from dhbe.experiment.assembly import assemble
+from dhbe.experiment.pipeline import run
 from dhbe.training.runtime import Runtime
+from dhbe.victim.source import VictimRequest, build_network
 
 DIRECTIONS = {"validation": ["maximize"], "oracle": ["maximize", "minimize"]}
 TRIES = 3
@@ -54,7 +58,7 @@ WHAT = {"validation": "DER on pool images", "oracle": "ORACLE: ACC and ASR on th
 
 
 def validation(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``results.summarize`` of a finished cell on the pool images that its budget does not grant.
+    """``summarize`` of a finished cell on the pool images that its budget does not grant.
 
     Raises:
         ConfigError: no such images, no data, or a defense that chose with eyes on the test set.
@@ -68,14 +72,19 @@ def validation(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     seed, size = tree["seed"], len(splits.train) + len(splits.pool)
     rest = not_granted(parts.budget, splits.pool.labels, size, seed)
     runtime = Runtime(trainer_config=parts.trainer, seed=seed, workdir=folder)
-    made = obtain_victim(tree, parts, parts.attack, splits, runtime)
+    victim = parts.source.obtain(
+        VictimRequest(
+            config=tree, spec=parts.spec, attack=parts.attack, splits=splits, runtime=runtime
+        )
+    )
     purified = build_network(tree, parts.spec, seed)
     CheckpointFile(path=str(folder / "purified.safetensors")).load_into(purified)
-    judge = Evaluator(splits.pool.subset(rest), made.attack, device=runtime.device)
+    judge = Evaluator(splits.pool.subset(rest), victim.attack, device=runtime.device)
     before, after = (
-        judge.predict(n.to(runtime.device, runtime.dtype).eval()) for n in (made.network, purified)
+        judge.predict(n.to(runtime.device, runtime.dtype).eval())
+        for n in (victim.network, purified)
     )
-    return results.summarize(before, after, judge.truth)
+    return summarize(before, after, judge.truth)
 
 
 def suggest(trial: Any, override: Override) -> Any:
@@ -104,8 +113,8 @@ def objective(
     def evaluate(trial: Any) -> float | tuple[float, float]:
         drawn = [f"{o.get_key_element()}={suggest(trial, o)}" for o in searched]
         cfg = compose("config", overrides=[*fixed, *drawn], return_hydra_config=True)
-        tree = config.plain(cfg)
-        folder = Path(tree["paths"]["results"]) / identity.cell(tree)
+        tree, _ = resolved(plain(cfg), {})
+        folder = Path(tree["paths"]["results"]) / name_of(cfg)
         trial.set_user_attr("cell", folder.name)
         test = run(cfg, folder, cfg.hydra.runtime.choices)
         if kind == "oracle":
@@ -160,7 +169,8 @@ def enough(trials: int) -> Callable[[Any, Any], None]:
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
-    return MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
+    stop: Callable[[Any, Any], None] = MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
+    return stop
 
 
 def search(options: argparse.Namespace) -> None:
@@ -175,7 +185,7 @@ def search(options: argparse.Namespace) -> None:
     searched = [o for o in parsed if o.is_sweep_override()]
     if not searched:
         raise ConfigError("nothing to search; give a key several values, as in key=choice(1,2)")
-    fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         results_folder = Path(compose("config", overrides=fixed).paths.results)
         results_folder.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import open_dict, read_write
 
-from dhbe.config.identity import cell
-from dhbe.config.resolvers import register_resolvers
-from dhbe.config.schema import plain
-from dhbe.core.exits import guarded
+from dhbe.config.resolvers import name_of, register_resolvers
+from dhbe.core.exit_status import guarded
 from dhbe.core.paths import CONF
 from dhbe.sweeping.callback import Sweep
 from dhbe.sweeping.failures import record_lost_jobs, write_json
@@ -82,7 +80,7 @@ def compute(overrides: list[str], *, weights: bool) -> None:
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)
-    folder = Path(config.paths.results).absolute() / cell(plain(config))
+    folder = Path(config.paths.results).absolute() / name_of(config)
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.runtime.output_dir = str(folder)
         config.hydra.mode = RunMode.MULTIRUN

@@ -23,9 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dhbe.config.identity import cell
-from dhbe.config.resolvers import register_resolvers
-from dhbe.config.schema import plain
+from dhbe.config.resolvers import name_of, register_resolvers
 from dhbe.core.locks import held
 from dhbe.core.paths import CONF
 from dhbe.sweeping.failures import PLANS, complete, failure_file, write_json
@@ -72,7 +70,7 @@ class Names:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             for overrides in rest:
                 config = compose("config", [*overrides, f"paths.data='{self.plan.data}'"])
-                self.found.append(cell(plain(config)))
+                self.found.append(name_of(config))
                 if time.monotonic() > end:
                     break
         if rest:

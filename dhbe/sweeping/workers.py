@@ -45,13 +45,6 @@ def pin(slot: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[slot % count]
 
 
-def workers(given: int) -> int:
-    """``given``; if that is 0, one per GPU, or without any one per core, at most 8."""
-    import torch
-
-    return given or torch.cuda.device_count() or min(8, os.cpu_count() or 1)
-
-
 def holds_slot() -> bool:
     """Whether this process has taken its slot already."""
     return bool(_held)

@@ -1,6 +1,6 @@
-"""What makes a training faster or smaller and leaves its numbers: compilation, recomputation.
+"""What makes a training faster and leaves its numbers: compilation.
 
-Both change networks in place, without a wrapper, and only while a training lasts: names of weights,
+It changes networks in place, without a wrapper, and only while a training lasts: names of weights,
 checkpoints and copies stay what they are.
 """
 
@@ -14,9 +14,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
 Compile = Literal["never", "default", "reduce-overhead"]
@@ -74,55 +73,3 @@ def begin_step() -> None:
     """Say that outputs of compiled networks from before are done with: CUDA graphs reuse them."""
     if "torch._inductor.cudagraph_trees" in sys.modules:  # else there are none
         torch.compiler.cudagraph_mark_step_begin()
-
-
-@contextmanager
-def recomputed(networks: Iterable[nn.Module], switch: bool) -> Iterator[None]:
-    """While the block lasts, keep of each residual block its input and compute the rest twice.
-
-    The backward pass repeats a block's forward pass, on the same weights and statistics of the
-    same batch, so the gradients are the same; running statistics are left alone the second time.
-    """
-    changed: list[nn.Module] = []
-    for network in networks if switch else ():
-        found = blocks(network)
-        changed += found
-        if not found:
-            name = type(network).__name__
-            log.warning("trainer.recompute: %s has no residual blocks; it runs as it is", name)
-    for block in changed:
-        block.forward = partial(_recomputed, block, block.forward)
-    try:
-        yield
-    finally:
-        for block in changed:
-            del block.forward
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """Modules with parts of their own that follow one another: the smallest such."""
-    chains = (m for m in network.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)))
-    links = {m: None for c in chains for m in c.children() if any(True for _ in m.children())}
-    return [m for m in links if not any(part in links for part in m.modules() if part is not m)]
-
-
-def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*inputs)
-    out: Tensor = checkpoint(
-        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(block))
-    )
-    return out
-
-
-@contextmanager
-def _still(block: nn.Module) -> Iterator[None]:
-    """What the block records of its batches (BatchNorm's running statistics) goes into copies."""
-    kept = {part: part._buffers for part in block.modules()}
-    for part, buffers in kept.items():
-        part._buffers = {k: None if b is None else b.clone() for k, b in buffers.items()}
-    try:
-        yield
-    finally:
-        for part, buffers in kept.items():
-            part._buffers = buffers

@@ -2,7 +2,7 @@
 
 Every process carries out the whole run. What is not training is deterministic, so all do it alike
 and no stage needs to know; in a training each takes its part of every batch. Only the first writes.
-With one process everything here is the identity.
+Trainings know the others through ``runtime.processes``; with one process all of it is the identity.
 """
 
 from __future__ import annotations
@@ -117,45 +117,6 @@ def agree(value: T) -> T:
     return box[0]
 
 
-def rows(batch: int) -> slice:
-    """Rows of a batch for this process; all of them if they cannot be divided equally.
-
-    In the latter case all processes do the same, which is slower, not wrong.
-    """
-    if batch % count():
-        return slice(None)
-    part = batch // count()
-    place = part * dist.get_rank() if dist.is_initialized() else 0
-    return slice(place, place + part)
-
-
-def average(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by their mean over the processes, in one message per type."""
-    _together(list(tensors), lambda flat: dist.all_reduce(flat.div_(count())))
-
-
-def average_gradients(optimizers: Iterable[Any]) -> None:
-    """Mean over the processes of the gradients that these optimisers are about to follow."""
-    groups = [g for o in optimizers for g in o.param_groups]
-    average(p.grad for g in groups for p in g["params"] if p.grad is not None)
-
-
-def align(module: nn.Module) -> None:
-    """Give every process the first one's parameters and buffers."""
-    _together(list(module.state_dict().values()), lambda flat: dist.broadcast(flat, 0))
-
-
-def _together(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
-    if count() == 1:
-        return
-    for dtype in dict.fromkeys(t.dtype for t in tensors):  # in the same order everywhere
-        alike = [t for t in tensors if t.dtype == dtype]
-        flat = _flatten_dense_tensors(alike)
-        exchange(flat)
-        for tensor, value in zip(alike, _unflatten_dense_tensors(flat, alike), strict=True):
-            tensor.copy_(value)
-
-
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -169,41 +130,111 @@ class _Total(torch.autograd.Function):
         return out
 
 
-def total(x: Tensor) -> Tensor:
-    """Sum over the processes; each gets the gradients of all."""
-    out: Tensor = _Total.apply(x)
-    return out
+class Processes:
+    """The processes that share the trainings of this run, as each of them sees them."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return count()
+
+    @property
+    def rank(self) -> int:
+        """Which one this is, from 0."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def agree(self, value: T) -> T:
+        """The first process's value."""
+        return agree(value)
+
+    def rows(self, batch: int) -> slice:
+        """Rows of a batch for this process; all of them if they cannot be divided equally.
+
+        In the latter case all processes do the same, which is slower, not wrong.
+        """
+        if batch % self.count:
+            return slice(None)
+        part = batch // self.count
+        return slice(part * self.rank, part * (self.rank + 1))
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their mean over the processes, in one message per type."""
+        self._together(list(tensors), lambda flat: dist.all_reduce(flat.div_(self.count)))
+
+    def average_gradients(self, optimizers: Iterable[Any]) -> None:
+        """Mean over the processes of the gradients that these optimisers are about to follow."""
+        groups = [g for o in optimizers for g in o.param_groups]
+        self.average(p.grad for g in groups for p in g["params"] if p.grad is not None)
+
+    def align(self, module: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers."""
+        values = list(module.state_dict().values())
+        self._together(values, lambda flat: dist.broadcast(flat, 0))
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum over the processes; each gets the gradients of all."""
+        out: Tensor = _Total.apply(x) if self.count > 1 else x
+        return out
+
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
+        """Mean over the processes; gradients flow."""
+        return self.all_reduce_sum(x) / self.count if self.count > 1 else x
+
+    def all_reduce_norm(self, norms: Tensor) -> Tensor:
+        """Euclidean norms of all rows from those of each process's rows; gradients flow."""
+        return self.all_reduce_sum(norms.square()).sqrt() if self.count > 1 else norms
+
+    @contextmanager
+    def synchronised(self, module: nn.Module) -> Iterator[None]:
+        """All BatchNorm2d below use the statistics of all processes while the block lasts."""
+        layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        changed = layers if self.count > 1 else []
+
+        def forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+            return (
+                synced_forward(layer, x, self) if layer.training else type(layer).forward(layer, x)
+            )
+
+        for layer in changed:
+            layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer in changed:
+                del layer.forward
+
+    def _together(self, tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
+        if self.count == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):  # in the same order everywhere
+            alike = [t for t in tensors if t.dtype == dtype]
+            flat = _flatten_dense_tensors(alike)
+            exchange(flat)
+            for tensor, value in zip(alike, _unflatten_dense_tensors(flat, alike), strict=True):
+                tensor.copy_(value)
 
 
-def mean(x: Tensor) -> Tensor:
-    """Mean over the processes; gradients flow."""
-    return total(x) / count() if count() > 1 else x
-
-
-def vector_norm(x: Tensor) -> Tensor:
-    """Euclidean norm of the rows of all processes; gradients flow."""
-    own: Tensor = torch.linalg.vector_norm(x)
-    if count() == 1:
-        return own
-    return total(own.square()).sqrt()
-
-
-def synced_forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def synced_forward(norm: nn.BatchNorm2d, x: Tensor, processes: Processes) -> Tensor:
     """Forward pass (B, C, H, W) of a BatchNorm in training over the rows of all processes.
 
     Each process has equally many. torch's own SyncBatchNorm refuses the CPU; this serves both.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dims, shape = (0, 2, 3), (1, -1, 1, 1)
-    centre = mean(wide.mean(dims))
+    centre = processes.all_reduce_mean(wide.mean(dims))
     centred = wide - centre.view(shape)
-    variance = mean(centred.square().mean(dims))
+    variance = processes.all_reduce_mean(centred.square().mean(dims))
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
         assert norm.momentum is not None
-        n = count() * x.numel() / x.shape[1]
+        n = processes.count * x.numel() / x.shape[1]
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(centre.to(norm.running_mean), norm.momentum)
         norm.running_var.lerp_((variance * n / (n - 1)).to(norm.running_var), norm.momentum)
@@ -211,21 +242,3 @@ def synced_forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     if norm.affine:
         out = out * norm.weight.view(shape) + norm.bias.view(shape)
     return out.to(x.dtype)
-
-
-@contextmanager
-def synchronised(module: nn.Module) -> Iterator[None]:
-    """All BatchNorm2d below use the statistics of all processes while the block lasts."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    changed = norms if count() > 1 else []
-
-    def forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        return synced_forward(norm, x) if norm.training else type(norm).forward(norm, x)
-
-    for norm in changed:
-        norm.forward = partial(forward, norm)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for norm in changed:
-            del norm.forward

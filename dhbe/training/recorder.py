@@ -15,7 +15,6 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from dhbe.training.compile import eager
-from dhbe.training.parallel import first
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +123,17 @@ class LastEpoch(Checkpoint):
     """Saves the state of the last finished epoch, in one step, after the recorder has its row.
 
     Lightning's own ModelCheckpoint with ``save_top_k=0`` writes nothing before training ends.
+
+    Args:
+        writes: of several processes only one does.
     """
 
-    def __init__(self, path: Path, stopwatch: Stopwatch | None) -> None:
-        self.path, self.stopwatch = path, stopwatch
+    def __init__(self, path: Path, stopwatch: Stopwatch | None, *, writes: bool = True) -> None:
+        self.path, self.stopwatch, self.writes = path, stopwatch, writes
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write beside the file, then rename: a kill never leaves half a checkpoint."""
-        if not first():
+        if not self.writes:
             return
         fresh = self.path.with_suffix(".new")
         trainer.save_checkpoint(fresh)

@@ -1,53 +1,93 @@
-"""Optimisers and learning rates over a budget of epochs."""
+"""How networks learn: optimisers, shapes of the learning rate, budgets of epochs."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Le, Len, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
 from torch import nn
 
+PEAK = 0.2
+"""Fraction of the budget in which a one-cycle rate rises."""
 
-class Schedule:
-    """SGD and its learning rate over a budget of epochs, in fractions of that budget.
 
-    Args:
-        schedule: ``multistep`` multiplies by ``decay`` at each of ``milestones`` (fractions);
-            ``cosine`` falls to ``end`` of it; ``onecycle`` rises over the first fifth, then falls
-            linearly.
-    """
+class Shape(ABC):
+    """Course of a learning rate over a budget."""
 
-    def __init__(
-        self,
-        *,
-        epochs: Annotated[int, Ge(1)],
-        batch_size: Annotated[int, Ge(2)],
-        learning_rate: Annotated[float, Gt(0)],
-        momentum: Annotated[float, Ge(0), Le(1)],
-        nesterov: bool,
-        weight_decay: Annotated[float, Ge(0)],
-        schedule: Literal["multistep", "cosine", "onecycle"],
-        milestones: list[Annotated[float, Gt(0), Le(1)]],
-        decay: Annotated[float, Gt(0), Le(1)],
-        end: Annotated[float, Ge(0), Le(1)] = 0.0,
-    ) -> None:
-        self.epochs, self.batch_size = epochs, batch_size
-        self.learning_rate, self.momentum, self.nesterov = learning_rate, momentum, nesterov
-        self.weight_decay = weight_decay
-        self.schedule, self.milestones, self.decay = schedule, milestones, decay
-        self.end = end
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """Factor on the learning rate after a fraction ``progress`` of the budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Shape):
+    """The same rate throughout."""
+
+    def __call__(self, progress: float) -> float:
+        """1."""
+        del progress
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Shape):
+    """Multiplied by ``decay`` at each of ``milestones`` (fractions of the budget)."""
+
+    milestones: Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)]
+    decay: Annotated[float, Gt(0), Le(1)]
+
+    def __call__(self, progress: float) -> float:
+        """``decay`` to the number of milestones passed."""
+        return float(self.decay ** sum(progress >= m for m in self.milestones))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Shape):
+    """Falls along half a cosine to the fraction ``end``."""
+
+    end: Annotated[float, Ge(0), Le(1)]
+
+    def __call__(self, progress: float) -> float:
+        """From 1 to ``end``."""
+        return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCycle(Shape):
+    """Rises from 0 over the first fifth, then falls to 0, both linearly."""
+
+    def __call__(self, progress: float) -> float:
+        """From 0 to 1 and back."""
+        return progress / PEAK if progress < PEAK else (1 - progress) / (1 - PEAK)
+
+
+@dataclass(kw_only=True)
+class Learning(ABC):
+    """An optimiser and its learning rate, for as long as somebody else says."""
+
+    learning_rate: Annotated[float, Gt(0)]
+    weight_decay: Annotated[float, Ge(0)]
+    shape: Shape
 
     def factor(self, progress: float) -> float:
         """Factor on the learning rate after a fraction ``progress`` of the budget."""
-        if self.schedule == "multistep":
-            return float(self.decay ** sum(progress >= m for m in self.milestones))
-        if self.schedule == "cosine":
-            return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
-        peak = 0.2
-        return progress / peak if progress < peak else (1 - progress) / (1 - peak)
+        return self.shape(progress)
+
+    @abstractmethod
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Optimiser over all parameters that require a gradient."""
+
+
+@dataclass(kw_only=True)
+class SGD(Learning):
+    """Stochastic gradient descent."""
+
+    momentum: Annotated[float, Ge(0), Le(1)]
+    nesterov: bool
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """SGD over all parameters that require a gradient."""
@@ -61,37 +101,11 @@ class Schedule:
         )
 
 
-class AdamSchedule(Schedule):
-    """Adam instead of SGD.
+@dataclass(kw_only=True)
+class Adam(Learning):
+    """Adam (Kingma & Ba 2015)."""
 
-    Args:
-        epochs: of a training of its own; a player beside the victim follows the victim's budget.
-    """
-
-    def __init__(
-        self,
-        *,
-        epochs: Annotated[int, Ge(1)],
-        batch_size: Annotated[int, Ge(2)],
-        learning_rate: Annotated[float, Gt(0)],
-        betas: Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)],
-        weight_decay: Annotated[float, Ge(0)] = 0.0,
-        schedule: Literal["multistep", "cosine", "onecycle"],
-        milestones: list[Annotated[float, Gt(0), Le(1)]],
-        decay: Annotated[float, Gt(0), Le(1)],
-    ) -> None:
-        super().__init__(
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            momentum=0.0,
-            nesterov=False,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            milestones=milestones,
-            decay=decay,
-        )
-        self.betas = betas
+    betas: Annotated[list[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)]
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Adam over all parameters that require a gradient."""
@@ -104,9 +118,27 @@ class AdamSchedule(Schedule):
         )
 
 
+@dataclass(kw_only=True)
+class Schedule(Learning):
+    """A training of its own: how a network learns, in which batches and for how many epochs."""
+
+    epochs: Annotated[int, Ge(1)]
+    batch_size: Annotated[int, Ge(2)]
+
+
+@dataclass(kw_only=True)
+class SGDSchedule(SGD, Schedule):
+    """A training with SGD."""
+
+
+@dataclass(kw_only=True)
+class AdamSchedule(Adam, Schedule):
+    """A training with Adam."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Player:
-    """A network and how it learns."""
+    """A network that learns beside another one, within its budget."""
 
     network: nn.Module
-    schedule: Schedule
+    schedule: Learning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dhbe.core.errors import DivergenceError
 from dhbe.core.types import Batch
 from dhbe.data import TrainingBatches
 from dhbe.training.compile import begin_step
-from dhbe.training.parallel import average, average_gradients, rows
+from dhbe.training.parallel import Processes
 from dhbe.training.schedule import Player, Schedule
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -25,18 +25,35 @@ def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(network(batch.images), batch.labels)
 
 
+class Options(TypedDict, total=False):
+    """What a training may be told besides network, images and schedule.
+
+    loss: of a batch; default: the mean cross-entropy.
+    players: networks that learn in the same steps from the same loss.
+    beside: module whose state belongs to the training and goes into its checkpoints.
+    train_mode: False keeps the network in eval mode (BatchNorm statistics, dropout).
+    before_epoch: called with the fraction of the budget that is spent.
+    after_step: called after every step, for projections.
+    clip: bound of the norm of the network's gradient.
+    """
+
+    loss: Loss
+    players: Sequence[Player]
+    beside: nn.Module | None
+    train_mode: bool
+    before_epoch: Callable[[float], None] | None
+    after_step: Callable[[], None] | None
+    clip: float | None
+
+
 class Supervised(pl.LightningModule):
     """Train ``network`` on ``batches`` by a loss; the last epoch is kept, whatever its accuracy.
 
     Args:
         schedule: the network's; its epochs are the budget of all players.
         role: who is trained (``victim``, ``student``); the logged loss is ``<role>/loss``.
-        players: networks that learn in the same steps from the same loss.
-        beside: module whose state belongs to the training and goes into its checkpoints.
-        train_mode: False keeps the network in eval mode (BatchNorm statistics, dropout).
-        before_epoch: called with the fraction of the budget that is spent.
-        after_step: called after every step, for projections.
-        clip: bound of the norm of the network's gradient.
+        processes: that share every batch.
+        loss, players, beside, train_mode, before_epoch, after_step, clip: see ``Options``.
     """
 
     def __init__(
@@ -46,6 +63,7 @@ class Supervised(pl.LightningModule):
         schedule: Schedule,
         *,
         role: str,
+        processes: Processes | None = None,
         loss: Loss = cross_entropy,
         players: Sequence[Player] = (),
         beside: nn.Module | None = None,
@@ -56,7 +74,7 @@ class Supervised(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.role = role
+        self.role, self.processes = role, processes or Processes()
         self.network, self.batches, self.schedule, self.loss = network, batches, schedule, loss
         self.players = [Player(network=network, schedule=schedule), *players]
         self.beside, self.train_mode = beside, train_mode
@@ -86,13 +104,12 @@ class Supervised(pl.LightningModule):
         optimizers = self.optimizers(use_pl_optimizer=True)
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         rates = self.lr_schedulers()
-        part = rows(len(batch.labels))
         begin_step()
-        loss = self.loss(self.network, Batch(*(column[part] for column in batch)))
+        loss = self.loss(self.network, batch.part(self.processes.rows(len(batch.labels))))
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        average_gradients(optimizers)
+        self.processes.average_gradients(optimizers)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         for optimizer in optimizers:
@@ -114,7 +131,7 @@ class Supervised(pl.LightningModule):
         assert self._sum is not None
         mean = self._sum / len(self.batches)
         self._sum = None
-        average([mean])
+        self.processes.average([mean])
         self.log(f"{self.role}/loss", mean)
         if not mean.isfinite():
             raise DivergenceError(

@@ -1,4 +1,4 @@
-"""Work: floating-point operations and bytes, counted on sampled batches of every training.
+"""Work: floating-point operations and bytes of trainings, counted on sampled batches.
 
 A multiply-add is 2 FLOP; matrix products, convolutions and attention count, forward and backward,
 by torch's own formulas; what is done once per element does not. Bytes are those of all tensors that
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dhbe.training import parallel as processes
+from dhbe.training.parallel import count
 
 WINDOW = 5
 """Batches whose mean stands for the others of an epoch; FIP does something else in each fifth."""
@@ -103,9 +103,13 @@ class WorkCounter(Callback):
 
     Attributes:
         work: so far; the seconds are those of epochs, without what follows their last batch.
+
+    Args:
+        processes: that share the training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
         self.work, self._begin, self._batch = Work(), Work(), Work()
         self._mode: Counting | None = None
         self._seen, self._began = 0, 0.0
@@ -147,7 +151,7 @@ class WorkCounter(Callback):
             self._batch = Work().plus(mode.work.plus(self._begin, -1), 1 / self._seen)
 
     def _add(self, work: Work) -> None:
-        self.work = self.work.plus(work, processes.count())
+        self.work = self.work.plus(work, self.processes)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -162,8 +166,8 @@ class WorkCounter(Callback):
         return {"work": self.work, "_begin": self._begin, "_batch": self._batch}
 
 
-class Tally:
-    """The work of all trainings of a stage; None before the first."""
+class WorkTotal:
+    """The work of all trainings of a stage; None before the first that was counted."""
 
     def __init__(self) -> None:
         self.work: Work | None = None
@@ -189,4 +193,4 @@ def peak(device: torch.device) -> float | None:
         return None
     found = (v for k, v in PEAKS.items() if k in torch.cuda.get_device_name(device))
     one = next(found, None)
-    return None if one is None else one * processes.count()
+    return None if one is None else one * count()

@@ -19,7 +19,7 @@ from torch import Tensor
 from dhbe.config.identity import fingerprint
 from dhbe.contracts.attack import Attack
 from dhbe.core.errors import ArtefactError
-from dhbe.core.locks import alone
+from dhbe.core.locks import exclusive
 from dhbe.models import Normalized
 from dhbe.training.parallel import agree, first
 from dhbe.training.recorder import Stopwatch
@@ -90,7 +90,7 @@ class VictimStore:
                 f"paths.victims={self.root}: cannot be written ({error})"
             ) from error
         work = self.root / f".{folder.name}.partial"
-        with alone(folder) if first() else nullcontext():
+        with exclusive(folder) if first() else nullcontext():
             if agree(folder.exists()):
                 if first():
                     shutil.rmtree(work, ignore_errors=True)  # of one killed after its last step

@@ -1,0 +1,28 @@
+"""A network in memory takes the place of a training: ``dhbe.purify(model)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dhbe.models import Normalized
+from dhbe.models.interface import channels_last
+from dhbe.victim.source import VictimRequest, VictimSource, untrained
+from dhbe.victim.store import Victim
+
+
+class InMemoryVictim(VictimSource):
+    """Somebody's own module.
+
+    Args:
+        network: from normalised images to logits.
+        assumed: what it does not say and was assumed, in words.
+    """
+
+    def __init__(self, network: nn.Module, assumed: Sequence[str] = ()) -> None:
+        self.network, self.assumed = network, list(assumed)
+
+    def obtain(self, request: VictimRequest) -> Victim:
+        """The network, with the config's normalisation before it."""
+        return untrained(channels_last(Normalized(self.network, request.spec)), request.attack)
