@@ -171,8 +171,18 @@ def tensors_of(count: int, storages: int) -> bytes:
 
 def bombs() -> Iterator[tuple[str, Make]]:
     """Pickles of a few kB that would take for ever, or gigabytes."""
-    big = b"](" + b"K\x01" * 50_000 + b"e"
-    pairs = b"](" + b"".join(text(f"k{i}") + b"N\x86" for i in range(20_000)) + b"e"
+    yield from doubled()
+    yield from repeated()
+    yield from wide_integers()
+    yield "integer of 5,000 digits", pickled(b"}" + text("epoch") + b"I" + b"9" * 5_000 + b"\ns.")
+    yield "1,000,000 dicts", pickled(b"](" + b"}" * 999_000 + b"e.")
+    yield "300,000 objects", pickled(b"carg\nX\nq\x01](" + b"h\x01)\x81" * 299_000 + b"e.")
+    yield "60 MB of opcodes", pickled(b"N0" * 30_000_000 + b".")
+    yield "a name of 1 MB", pickled(text("a" * 1_000_000) + text("b") + b"\x93.")
+
+
+def doubled() -> Iterator[tuple[str, Make]]:
+    """Containers that hold each other, in places where a name or a number belongs."""
     for times, kind in itertools.product((30, 60, 400), ("tuple", "dict")):
         made = doubling(times, kind)
         yield f"global named by {kind}s, 2^{times}", pickled(made + text("x") + b"\x93.")
@@ -197,6 +207,12 @@ def bombs() -> Iterator[tuple[str, Make]]:
             f"shape of {kind}s, 2^{times}",
             pickled(MAKER + b"((" + STORAGE + ONE + b"tQI0\n" + made + b")\x89}tR."),
         )
+
+
+def repeated() -> Iterator[tuple[str, Make]]:
+    """One large object, used many times."""
+    big = b"](" + b"K\x01" * 50_000 + b"e"
+    pairs = b"](" + b"".join(text(f"k{i}") + b"N\x86" for i in range(20_000)) + b"e"
     for count in (1_000, 20_000):
         yield (
             f"{count:,} ordered dicts of 20,000 pairs",
@@ -225,6 +241,10 @@ def bombs() -> Iterator[tuple[str, Make]]:
             ),
         )
         yield f"{count:,} arrays of 1 MB", pickled(arrays(count, 1_000_000))
+
+
+def wide_integers() -> Iterator[tuple[str, Make]]:
+    """Integers of many bits, in every place that takes one."""
     for bits in (64, 20_000, 8_000_000):
         raw = (1 << bits).to_bytes(bits // 8 + 2, "little")
         wide = b"\x8b" + struct.pack("<i", len(raw)) + raw
@@ -248,11 +268,6 @@ def bombs() -> Iterator[tuple[str, Make]]:
             f"storage of {bits:,} bits",
             pickled(b"(" + STORAGE + wide + text("cpu") + wide + b"tQ."),
         )
-    yield "integer of 5,000 digits", pickled(b"}" + text("epoch") + b"I" + b"9" * 5_000 + b"\ns.")
-    yield "1,000,000 dicts", pickled(b"](" + b"}" * 999_000 + b"e.")
-    yield "300,000 objects", pickled(b"carg\nX\nq\x01](" + b"h\x01)\x81" * 299_000 + b"e.")
-    yield "60 MB of opcodes", pickled(b"N0" * 30_000_000 + b".")
-    yield "a name of 1 MB", pickled(text("a" * 1_000_000) + text("b") + b"\x93.")
 
 
 def arrays(count: int, size: int) -> bytes:
@@ -293,6 +308,19 @@ def files() -> Iterator[tuple[str, Make]]:
         yield f"3,000 tensors over two storages of {size} MB in turn", alternating(size)
     for length, depth in ((100_000, 1), (290, 40), (20, 400)):
         yield f"TorchScript, keys of {length:,} letters {depth} deep", scripted(length, depth)
+    yield from safetensors_files()
+    yield from odd_facts()
+    for dimensions in (9, 1_000, 100_000):
+        yield f"torch.export, {dimensions:,} dimensions", exported(dimensions)
+    yield "safetensors that is a tar archive", tar_in_safetensors
+    yield "safetensors that is a pickle", pickle_in_safetensors
+    yield "a tar archive of torch 0.1", lambda p: p.write_bytes(tar_of_payload())
+    for record in ("data/0", "data/7", "data.pkl", ".data/serialization_id"):
+        yield f"wrong checksum of {record}", wrong_checksum(record)
+
+
+def safetensors_files() -> Iterator[tuple[str, Make]]:
+    """Headers of safetensors that lie, and odd shapes."""
     yield (
         "safetensors, overlapping",
         lambda p: safetensors(p, {"a": entry([4], 0, 16), "b": entry([4], 8, 24)}, bytes(24)),
@@ -327,6 +355,10 @@ def files() -> Iterator[tuple[str, Make]]:
         yield f"safetensors, a pos_embed of shape {shape}", odd("pos_embed", shape)
         yield f"safetensors, a running_mean of shape {shape}", odd("bn1.running_mean", shape)
         yield f"safetensors, an fc.bias of shape {shape}", odd("fc.bias", shape)
+
+
+def odd_facts() -> Iterator[tuple[str, Make]]:
+    """A known network beside words and numbers that mislead."""
     for said in ("1", "[1,1,1]", "[0,0,0]", "[" + "9," * 40 + "9]", "nan", "[.,.,.]", "9" * 99):
         yield (
             f"a known network whose metadata say {said}",
@@ -343,13 +375,6 @@ def files() -> Iterator[tuple[str, Make]]:
             f"a known network behind statistics of {value.tolist()}",
             lambda p, value=value: torch.save(known(value), p),
         )
-    for dimensions in (9, 1_000, 100_000):
-        yield f"torch.export, {dimensions:,} dimensions", exported(dimensions)
-    yield "safetensors that is a tar archive", tar_in_safetensors
-    yield "safetensors that is a pickle", pickle_in_safetensors
-    yield "a tar archive of torch 0.1", lambda p: p.write_bytes(tar_of_payload())
-    for record in ("data/0", "data/7", "data.pkl", ".data/serialization_id"):
-        yield f"wrong checksum of {record}", wrong_checksum(record)
 
 
 def entry(shape: list[int], start: int, stop: int, dtype: str = "F32") -> dict[str, Any]:
