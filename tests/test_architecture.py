@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +87,14 @@ def test_import_does_no_work(tmp_path: Path) -> None:
         f"[importlib.import_module(m) for m in {modules!r}]; "
         "assert torch.equal(state, torch.get_rng_state()); assert threading.active_count() == 1"
     )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())

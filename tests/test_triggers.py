@@ -377,9 +377,13 @@ def test_adaptive_patch_trains_faint_and_tests_full(compose_config) -> None:
         assert torch.equal(full[0][:, inside], attack.patches[i][:, inside])
 
 
-def test_helpers() -> None:
+def test_helpers(make_runtime) -> None:
     found = optimize(
-        torch.tensor([5.0]), lambda z: (z - 2).square().sum(), steps=300, learning_rate=0.1
+        torch.tensor([5.0]),
+        lambda z: (z - 2).square().sum(),
+        make_runtime(),
+        steps=300,
+        learning_rate=0.1,
     )
     assert abs(float(found) - 2) < 1e-2
     assert smooth(torch.ones(3, 2, 2), 9).shape == (3, 9, 9)

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException
@@ -16,7 +17,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from dhbe.core.errors import ConfigError, DHBEError, got, out_of_memory
-from dhbe.core.paths import PACKAGE
 
 TARGET = "_target_"
 GROUPS = ("data", "model", "attack", "budget", "defense", "victim", "trainer")
@@ -38,13 +38,16 @@ class Parameter:
 
 
 def locate(name: str) -> Any:
-    """The class or function with this dotted name; once installed, zoos lie inside the package."""
-    try:
-        return get_object(name)
-    except HydraException:
-        if name.split(".")[0] == PACKAGE.name or not (PACKAGE / name.split(".")[0]).is_dir():
-            raise
-        return get_object(f"{PACKAGE.name}.{name}")
+    """The class or function with this dotted name.
+
+    ``attacks.badnets.BadNets`` lies in the checkout or, once installed, in ``dhbe.attacks``.
+    """
+    room = name.partition(".")[0]
+    given = find_spec(room)
+    elsewhere = given is None or given.origin is None  # a mere folder of that name is none of ours
+    if elsewhere and find_spec(f"dhbe.{room}") is not None:
+        name = f"dhbe.{name}"
+    return get_object(name)
 
 
 def schema(component: Any) -> dict[str, Parameter]:

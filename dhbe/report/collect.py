@@ -69,8 +69,7 @@ def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
 def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     m = read_metrics(folder)
     earlier = "scale" not in m
-    if earlier:
-        m |= former.names(m["attack"], m["defense"])
+    m = former.metrics(m)
     file = folder / "config.yaml"
     config = yaml.load(file.read_text(), Loader=yaml.CSafeLoader) if file.exists() else {}
     if m["attack"] == "none":

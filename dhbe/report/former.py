@@ -27,6 +27,11 @@ def names(attack: str, defense: str) -> dict[str, str]:
     return found
 
 
+def metrics(found: dict[str, Any]) -> dict[str, Any]:
+    """A run's metrics with today's names; those of today stay as they are."""
+    return found if "scale" in found else found | names(found["attack"], found["defense"])
+
+
 def options(flat: dict[str, Any]) -> dict[str, Any]:
     """Today's options by path; those of today stay as they are."""
     found = dict(flat)

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dhbe.report import former
 from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows, work
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
@@ -42,7 +43,7 @@ def sparse(points: int) -> dict[str, Any]:
 
 def write_page(folder: Path) -> Path:
     """Write ``report.html`` into a result folder."""
-    metrics = read_metrics(folder)
+    metrics = former.metrics(read_metrics(folder))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dhbe.report", "templates"),
         autoescape=True,
