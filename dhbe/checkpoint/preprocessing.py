@@ -42,6 +42,8 @@ PIXELS = 1000 * 32 * 32
 """Looked at under each normalisation; fewer images where they are larger."""
 COARSE = 5
 """Every so manieth image tells which normalisations are out of the question."""
+ROUGH = 0.02
+"""How far a divergence may move when all images are looked at."""
 PADDING = 1 / 8
 """Of an image's side: the random crops with which CIFAR networks are trained."""
 
@@ -107,8 +109,9 @@ def by_statistics(network: nn.Module, norm: BatchNorm, images: Tensor) -> Verdic
     orders: tuple[str, ...] = ("rgb", "bgr") if images.shape[1] == 3 else ("rgb",)
     kinds = itertools.product(presets(images.shape[1]), orders, (False, True))
     views = sorted(measured(*kind, every=COARSE) for kind in kinds)
-    close = MARGIN * (views[0].badness + MOST_DIVERGENT)
-    views = sorted(measured(*v[1:], every=1) if v.badness < close else v for v in views)
+    if views[0].badness <= 2 * MOST_DIVERGENT:
+        close = MARGIN * (views[0].badness + ROUGH)
+        views = sorted(measured(*v[1:], every=1) if v.badness < close else v for v in views)
     best = preferred(views)
     limit = MARGIN * views[0].badness + FLOOR
     rivals = [v for v in views if v.badness <= limit]
