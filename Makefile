@@ -19,10 +19,11 @@ demo: $(BIN)/.installed  ## plant a backdoor in a real network and erase it with
 test: $(BIN)/.installed  ## all tests
 	$(BIN)/python -m pytest
 
-check: $(BIN)/.installed  ## format, lint and types
+check: $(BIN)/.installed  ## format, lint, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 clean:  ## delete environment and outputs
 	rm -rf .venv outputs
