@@ -36,6 +36,7 @@ from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.victim.source import build_network
+from dhbe.victim.train import TrainedVictim
 
 
 class Pictures(Dataset):
@@ -139,6 +140,7 @@ def main() -> None:
     chosen = [f"data={options.data}", f"victim={options.victim}", "attack=none"]
     tree = config(*chosen, f"victim.epochs={options.epochs}", *options.overrides)
     parts = assemble(tree)
+    assert isinstance(parts.source, TrainedVictim)
     spec, schedule = parts.spec, parts.source.schedule
     splits = load(parts.data, fingerprint(tree["data"]))
     network = build_network(tree, spec, seed=0).to(DEVICE)
