@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy._core.multiarray as multiarray  # type: ignore[import-not-found]
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from numpy._core import multiarray
 from PIL import Image
 
 from benchmarks.hostile import FILES
@@ -51,7 +51,7 @@ OPEN = {
     "clean": None,
 }
 """What a file is asked for."""
-PLAIN = [
+PLAIN: list[Any] = [
     *(argparse.Namespace, np.dtype, np.ndarray, multiarray.scalar),
     *(multiarray._reconstruct, set, frozenset, complex, torch.Size, _codecs.encode),
     *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")},

@@ -362,7 +362,7 @@ def odd_facts() -> Iterator[tuple[str, Make]]:
     for said in ("1", "[1,1,1]", "[0,0,0]", "[" + "9," * 40 + "9]", "nan", "[.,.,.]", "9" * 99):
         yield (
             f"a known network whose metadata say {said}",
-            lambda p, said=said: save_file(known(), p, metadata=dict.fromkeys(FACTS, said)),
+            lambda p, said=said: save_file(known(), p, metadata={k: said for k in FACTS}),
         )
     facts: list[Any] = [
         [1],

@@ -68,7 +68,7 @@ class PlainLoop:
         schedule: SGDSchedule,
         workers: int,
     ) -> None:
-        self.network = network.to(DEVICE, memory_format=torch.contiguous_format)
+        self.network = network.to(DEVICE).to(memory_format=torch.contiguous_format)
         chain = [
             transforms.RandomCrop(spec.image_size, padding=spec.crop_padding),
             transforms.RandomHorizontalFlip(p=0.5 if spec.flip else 0.0),
@@ -142,6 +142,7 @@ def main() -> None:
     parts = assemble(tree)
     assert isinstance(parts.source, TrainedVictim)
     spec, schedule = parts.spec, parts.source.schedule
+    assert isinstance(schedule, SGDSchedule)
     splits = load(parts.data, fingerprint(tree["data"]))
     network = build_network(tree, spec, seed=0).to(DEVICE)
     images = splits.train.resident()
