@@ -11,7 +11,6 @@ status 1 if anything differs from what it should be.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dhbe.core.provenance import commit
+from tests.support.launch import continued
 
 ROOT = Path(__file__).parent.parent
 CELLS = [
@@ -211,14 +211,6 @@ def trial(launcher: str, folder: Path, cells: list[str]) -> tuple[dict[str, Any]
     return found, good
 
 
-def continued(folder: Path) -> bool:
-    """Whether no epoch of the victim was trained twice; ``log.csv`` has all attempts' rows."""
-    (log,) = (folder / "results").glob("[0-9a-f]*/log.csv")
-    with log.open(newline="") as rows:
-        steps = [int(row["step"]) for row in csv.DictReader(rows) if row["victim/loss"]]
-    return len(steps) > 1 and steps == sorted(set(steps))
-
-
 def ended(how: str, folder: Path) -> bool:
     """Whether a cell that is preempted or out of time is queued again and continues."""
     with environment(how) as env:
@@ -255,7 +247,7 @@ def main() -> None:
     print(f"commit {commit()}, {os.cpu_count()} cores")
     reference: Path | None = options.reference
     known_numbers = reference is not None and reference.exists()
-    first: dict[str, Any] = json.loads(reference.read_text()) if known_numbers else {}
+    first: dict[str, Any] = json.loads(reference.read_text()) if reference and known_numbers else {}
     wrong = False
     for launcher in options.launchers:
         with tempfile.TemporaryDirectory(prefix=f"{launcher}-") as folder:

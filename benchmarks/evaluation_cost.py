@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -58,7 +59,7 @@ def measure(defense: str, rounds: int, overrides: list[str]) -> None:
     splits = load(parts.data, fingerprint(tree["data"]))
     evaluator = Evaluator(splits.test, parts.attack, device=DEVICE)
     with TemporaryDirectory() as folder:
-        common = {"trainer_config": parts.trainer, "seed": tree["seed"]}
+        common: dict[str, Any] = {"trainer_config": parts.trainer, "seed": tree["seed"]}
         first = Runtime(**common, workdir=Path(folder) / "victim")
         request = VictimRequest(
             config=tree, spec=parts.spec, attack=parts.attack, splits=splits, runtime=first
@@ -68,7 +69,7 @@ def measure(defense: str, rounds: int, overrides: list[str]) -> None:
     suspect = Suspect(network=victim.network, architecture="", spec=parts.spec)
     chosen = parts.defense.selection
 
-    def run(kind: type[Runtime], selection: str, **more: Evaluator) -> None:
+    def run(kind: type[Runtime], selection: Any, **more: Any) -> None:
         parts.defense.selection = selection
         data = grant(parts, splits, victim, tree["seed"], evaluator)
         with TemporaryDirectory() as folder:

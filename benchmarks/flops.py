@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from benchmarks.game_speed import ours
 from benchmarks.machine import DEVICE, about, now
-from dhbe.api import CONF
 from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain
+from dhbe.core.paths import CONF
 from dhbe.core.types import DataSpec, Suspect
 from dhbe.data import DefenderData, Resident, TrainingBatches
 from dhbe.game import ImageGenerator, TriggerNetwork
 from dhbe.models import Normalized
+from dhbe.models.interface import channels_last
 from dhbe.report.folder import percent, si
 from dhbe.training.recorder import LastEpoch
 from dhbe.training.runtime import Runtime
@@ -77,7 +78,7 @@ def network(name: str) -> Normalized:
     built = instantiate(
         config(f"model={name}")["model"], classes=10, channels=3, image_size=32, _convert_="all"
     )
-    return Normalized(built, CIFAR).to(DEVICE, memory_format=torch.channels_last)
+    return channels_last(Normalized(built, CIFAR).to(DEVICE))
 
 
 def noise(count: int) -> Resident:

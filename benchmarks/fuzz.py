@@ -25,12 +25,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from formats import WRAPPINGS
-from hostile import FILES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from numpy._core import multiarray
 from PIL import Image
 
+from benchmarks.hostile import FILES
 from dhbe.api import composed
 from dhbe.checkpoint import Checkpoint, completed
 from dhbe.checkpoint.recognition import INFER
@@ -39,6 +39,7 @@ from dhbe.data.images import decode
 from dhbe.data.sources import Parquet
 from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import SmallResNet
+from tests.support.writers import WRAPPINGS
 
 OPEN = {
     "normalization": None,
@@ -50,9 +51,9 @@ OPEN = {
     "clean": None,
 }
 """What a file is asked for."""
-PLAIN = [
-    *(argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar),
-    *(np._core.multiarray._reconstruct, set, frozenset, complex, torch.Size, _codecs.encode),
+PLAIN: list[Any] = [
+    *(argparse.Namespace, np.dtype, np.ndarray, multiarray.scalar),
+    *(multiarray._reconstruct, set, frozenset, complex, torch.Size, _codecs.encode),
     *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")},
 ]
 """What a file that we wrote may name."""

@@ -15,7 +15,6 @@ from typing import get_args
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.literal import literal_copy
 from dhbe.core.provenance import commit
 from dhbe.game import (
     Distillation,
@@ -29,6 +28,7 @@ from dhbe.models.preact import WideResNet
 from dhbe.models.resnet import resnet
 from dhbe.training.compile import Compile, compiled
 from dhbe.training.trainer import fast_bf16
+from tests.support.literal import literal_copy
 
 CASES = {
     "wrn_16_1": (64, lambda: WideResNet(depth=16, widen=1, classes=10, channels=3, image_size=32)),
@@ -104,7 +104,7 @@ def measure(
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
         callbacks=[timer],
         logger=False,

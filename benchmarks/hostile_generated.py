@@ -41,7 +41,7 @@ EVIL = "harmless_looking"
 EVIL_CODE = (
     f"def run(*_, **__):\n    open({MARK!r}, 'w').close()\n\nclass Loss:\n    __init__ = run\n"
 )
-NAMES = {
+NAMES: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "os.system": ("posix", "system", (f"touch {MARK}",)),
     "eval": ("builtins", "eval", (f"open({MARK!r}, 'w')",)),
     "exec": ("builtins", "exec", (f"open({MARK!r}, 'w')",)),
@@ -101,7 +101,7 @@ class Hooked:
             return torch._utils._rebuild_parameter, (tensor, True, OrderedDict(a=self.payload))
         state = {"__class__": self.payload, "a": self.payload}
         maker = torch._utils._rebuild_tensor_v2
-        args = (*base, OrderedDict())
+        args: tuple[Any, ...] = (*base, OrderedDict())
         return torch._tensor._rebuild_from_type_v2, (maker, torch.Tensor, args, state)
 
 
@@ -362,13 +362,25 @@ def odd_facts() -> Iterator[tuple[str, Make]]:
     for said in ("1", "[1,1,1]", "[0,0,0]", "[" + "9," * 40 + "9]", "nan", "[.,.,.]", "9" * 99):
         yield (
             f"a known network whose metadata say {said}",
-            lambda p, said=said: save_file(known(), p, dict.fromkeys(FACTS, said)),
+            lambda p, said=said: save_file(known(), p, metadata={k: said for k in FACTS}),
         )
-    for said in ([1], [0.0] * 3, [2**70], ["a"], 1, "1", float("nan"), None, 10**4400, {"a": 1}):
-        kind = f"{type(said).__name__} {str(said)[:9]}" if said != 10**4400 else "4,400 digits"
+    facts: list[Any] = [
+        [1],
+        [0.0] * 3,
+        [2**70],
+        ["a"],
+        1,
+        "1",
+        float("nan"),
+        None,
+        10**4400,
+        {"a": 1},
+    ]
+    for fact in facts:
+        kind = f"{type(fact).__name__} {str(fact)[:9]}" if fact != 10**4400 else "4,400 digits"
         yield (
             f"a known network beside facts of {kind}",
-            lambda p, said=said: torch.save({"model": known(), **dict.fromkeys(FACTS, said)}, p),
+            lambda p, fact=fact: torch.save({"model": known(), **dict.fromkeys(FACTS, fact)}, p),
         )
     for value in (torch.ones(3), torch.zeros(3), torch.ones(()), torch.full((3,), -1.0)):
         yield (

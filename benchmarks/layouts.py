@@ -28,8 +28,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from benchmarks.formats import Weights, backdoorbench, lightning, prefixed, timm_script
-from benchmarks.networks import VGG, Doubled, First, Flat, PreAct, ResNet, Wide, shaken
 from dhbe.api import composed
 from dhbe.checkpoint import CheckpointFile, completed
 from dhbe.config.schema import build
@@ -37,10 +35,12 @@ from dhbe.core.errors import DHBEError
 from dhbe.models import Normalized
 from dhbe.models.interface import logits_of, probabilities
 from dhbe.victim.source import build_network
+from tests.support.networks import VGG, Doubled, First, Flat, PreAct, ResNet, Wide, shaken
+from tests.support.writers import Weights, backdoorbench, lightning, prefixed, timm_script
 
 SIZE = 16
 """Pixels, for networks that take any number."""
-HERE = "benchmarks.networks"
+HERE = "tests.support.networks"
 Save = Callable[[nn.Module, Path], Path]
 
 
@@ -132,7 +132,7 @@ def hub(wrap: Callable[[Weights], Weights] = dict, shards: int = 1, **config: An
         if shards == 1:
             save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
             return target
-        places = {}
+        places: dict[str, str] = {}
         for i in range(shards):
             name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
             part = dict(list(weights.items())[i::shards])
@@ -146,9 +146,9 @@ def hub(wrap: Callable[[Weights], Weights] = dict, shards: int = 1, **config: An
 
 def distributed(network: nn.Module, folder: Path) -> Path:
     """As ``torch.distributed.checkpoint.save`` writes it."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save({"model": network.state_dict()}, checkpoint_id=folder / "dcp", no_dist=True)
+    save({"model": network.state_dict()}, checkpoint_id=folder / "dcp", no_dist=True)
     return folder / "dcp"
 
 

@@ -50,7 +50,7 @@ def measure(precisions: list[str], overrides: list[str]) -> None:
             purified = parts.defense(suspect, data, runtime(trainer, folder))
             seconds = now() - start
         found = rates(evaluator.predict(purified), evaluator.truth)
-        said = ", ".join(f"{k.upper()} {100 * found[k].value:.1f} %" for k in ("acc", "asr"))
+        said = ", ".join(f"{k.upper()} {100 * (found[k].value or 0):.1f} %" for k in ("acc", "asr"))
         print(f"seed {tree['seed']}, {precision}: {said}, {seconds:.0f} s", flush=True)
 
 

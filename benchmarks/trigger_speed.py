@@ -70,7 +70,7 @@ def main() -> None:
     calls = {"resnet18 forward": lambda: network(x)}
     for name, attack in zoo:
         calls[name] = lambda a=attack: a.apply(x, y=y, index=index)
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(options.rounds + 1):
         for name, call in calls.items():
             taken = seconds(call)

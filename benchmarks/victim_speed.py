@@ -36,6 +36,7 @@ from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.victim.source import build_network
+from dhbe.victim.train import TrainedVictim
 
 
 class Pictures(Dataset):
@@ -67,7 +68,7 @@ class PlainLoop:
         schedule: SGDSchedule,
         workers: int,
     ) -> None:
-        self.network = network.to(DEVICE, memory_format=torch.contiguous_format)
+        self.network = network.to(DEVICE).to(memory_format=torch.contiguous_format)
         chain = [
             transforms.RandomCrop(spec.image_size, padding=spec.crop_padding),
             transforms.RandomHorizontalFlip(p=0.5 if spec.flip else 0.0),
@@ -139,7 +140,9 @@ def main() -> None:
     chosen = [f"data={options.data}", f"victim={options.victim}", "attack=none"]
     tree = config(*chosen, f"victim.epochs={options.epochs}", *options.overrides)
     parts = assemble(tree)
+    assert isinstance(parts.source, TrainedVictim)
     spec, schedule = parts.spec, parts.source.schedule
+    assert isinstance(schedule, SGDSchedule)
     splits = load(parts.data, fingerprint(tree["data"]))
     network = build_network(tree, spec, seed=0).to(DEVICE)
     images = splits.train.resident()

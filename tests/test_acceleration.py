@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_game import CPU, assert_same, make_game, play, players
 from torch import Tensor, nn
 
 from dhbe.game import SeededNoise, add_patches
@@ -19,6 +18,7 @@ from dhbe.training import compile as acceleration
 from dhbe.training.compile import compiled
 from dhbe.training.trainer import TrainerConfig
 from dhbe.training.work import Counting
+from tests.support.game import CPU, assert_same, make_game, play, players
 
 
 def game_with(switch: Callable, *, iterations: int = 2):

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "adding_a_method.md"
 COPIED = ("attacks", "conf", "defenses", "dhbe", "run.py", "pyproject.toml", "tests")

@@ -8,89 +8,24 @@ import warnings
 import pytest
 import torch
 import yaml
-from conftest import CONF, ROOT, make_spec, names
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from attacks.badnets import BadNets, draw
-from dhbe.config.schema import plain
+from attacks.badnets import draw
 from dhbe.contracts.attack import Attack, NoAttack
 from dhbe.contracts.targets import AllToAll, AllToOne, SourceSpecific, target_rule
 from dhbe.core.errors import ConfigError
-from dhbe.core.rng import fork, generator
+from dhbe.core.rng import generator
 from dhbe.core.types import CLEAN, COVER, POISON
 from dhbe.data import Resident
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.evaluation.metrics import rates
-from dhbe.models import Normalized
-from dhbe.models.resnet import SmallResNet
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.victim.store import Making, VictimStore
 from dhbe.victim.train import train
+from tests.conftest import CONF, make_spec, names
+from tests.support.attacks import badnets, batch, build, prepare, tiny
 
 ATTACKS = names("attack")
-QUICK = {
-    "steps": 2,
-    "images": 8,
-    "path": str(ROOT / "tests" / "trigger.png"),
-    "widths": [8],
-    "partners": 4,
-    "schedule": {"epochs": 1, "batch_size": 4},
-    "mask_schedule": {"epochs": 1, "batch_size": 4},
-}
-"""Smaller values for options that only cost time."""
-
-
-def build(name: str, compose_config, spec, **options) -> Attack:
-    node = plain(compose_config(f"attack={name}"))["attack"]
-    for key in QUICK.keys() & node.keys():
-        node[key] = node[key] | QUICK[key] if isinstance(node[key], dict) else QUICK[key]
-    attack = instantiate(node | options, _partial_=True, _convert_="all")(spec=spec)
-    assert isinstance(attack, Attack)
-    return attack
-
-
-def prepare(attack: Attack, train: Resident, runtime) -> torch.Tensor:
-    """The attack gets what the victim's training would give it; returns the codes."""
-    codes = attack.select(train.labels, runtime.rng("codes"))
-    attack.prepare(train, codes, runtime, tiny(attack.spec) if attack.needs_surrogate else None)
-    attack.eval()
-    return codes
-
-
-def tiny(spec) -> Normalized:
-    """An untrained network."""
-    with fork(0):
-        inner = SmallResNet(
-            widths=[16, 16],
-            blocks=1,
-            stem_stride=2,
-            classes=spec.classes,
-            channels=spec.channels,
-            image_size=spec.image_size,
-        )
-    return Normalized(inner, spec).eval()
-
-
-def batch(spec, n: int = 5, seed: int = 0):
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 256, (n, *spec.shape), generator=rng).float() / 255
-    return x, torch.randint(0, spec.classes, (n,), generator=rng), torch.arange(n)
-
-
-def badnets(spec, **options) -> BadNets:
-    known = {
-        "pattern": "square",
-        "patch_size": 3,
-        "margin": 0,
-        "poison_rate": 0.1,
-        "cover_rate": 0.0,
-        "target_class": 0,
-        "target_rule": "all_to_one",
-        "source_classes": [],
-        "pool": "exclude_target",
-    }
-    return BadNets(spec=spec, **(known | options))
 
 
 def test_all_attacks_are_listed() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small
 from safetensors.torch import load_file, save_file
-from test_formats import TheirPreAct, Theirs
 from torch import Tensor
 
-from benchmarks.formats import WRAPPINGS, Weights, backdoorbench, lightning
 from dhbe.checkpoint import Checkpoint, CheckpointFile, completed
 from dhbe.core.errors import ArtefactError, ConfigError
+from tests.conftest import small
+from tests.support.layouts import TheirPreAct, Theirs
+from tests.support.writers import WRAPPINGS, Weights, backdoorbench, lightning
 
 
 def without_weights(content: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,44 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from safetensors.torch import load_file
 
-TINY = (
-    "data.limit=300",
-    "data.train_size=7600",
-    "model.widths=[16,24]",
-    "victim.epochs=2",
-    "trainer.threads=1",
-    "trainer.observe_every=1",
-)
-GAME = (
-    "defense.epochs=2",
-    "defense.iterations=2",
-    "defense.batch_size=8",
-    "defense.width=4",
-    "defense.patch_width=4",
-)
-
-
-def run(
-    folder: Path, *overrides: str, victims: str = "victims", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """``python run.py`` from another folder, as a child process."""
-    return subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "run.py"),
-            *overrides,
-            f"paths.victims={folder}/{victims}",
-            f"paths.results={folder}/results",
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from tests.conftest import ROOT
+from tests.support.cli import GAME, TINY, metrics, run
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +24,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "result: " in done.stdout
     return folder
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def test_the_result_folder_is_whole(finished: Path) -> None:

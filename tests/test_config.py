@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import CONF, ROOT, names
 
 from dhbe.config.identity import cell
 from dhbe.config.schema import SUPPLIED, errors_in, plain, schema, validate
 from dhbe.core.errors import BudgetError, ConfigError
 from dhbe.experiment.assembly import assemble
 from dhbe.training.schedule import SGDSchedule
+from tests.conftest import CONF, ROOT, names
 
 GROUPS = ("model", "attack", "defense", "budget", "trainer", "logger")
 CHOICES = [(g, n) for g in GROUPS for n in names(g)]

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_spec, small
-from test_game import CPU, make_game, players
-from test_victim import StopAfter, schedule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +20,9 @@ from dhbe.report.folder import si, speeds, work
 from dhbe.training.runtime import Runtime
 from dhbe.training.supervised import Loss, Supervised, cross_entropy
 from dhbe.training.work import Counting
+from tests.conftest import make_spec, small
+from tests.support.game import CPU, make_game, players
+from tests.support.victim import StopAfter, schedule
 
 MakeRuntime = Callable[..., Runtime]
 BATCHES = 10

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CONF, ROOT, make_spec, names, needs_data
 from hydra.utils import instantiate
 from PIL import Image
 
@@ -23,6 +22,7 @@ from dhbe.core.types import DataSpec
 from dhbe.data import Data, Resident, TrainingBatches, augment, to_float
 from dhbe.data.sources import Folder, Parquet, Torchvision
 from dhbe.data.splits import stratified
+from tests.conftest import CONF, ROOT, make_spec, names, needs_data
 
 EMBEDDED = ROOT / "dhbe" / "data" / "embedded"
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_defenses import build, granted, rich, suspect
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from dhbe.data import DefenderData, Resident
 from dhbe.methods.masks import Scale
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
+from tests.support.defenses import build, granted, rich, suspect
 
 
 class Reached(Exception):

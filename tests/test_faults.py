@@ -24,9 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, make_spec, small
 from PIL import Image
-from test_cli import TINY, metrics, run
 
 from dhbe.checkpoint import CheckpointFile
 from dhbe.core.errors import ArtefactError, DataError
@@ -35,6 +33,8 @@ from dhbe.data.sources import Torchvision
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.experiment import contents, pipeline
 from dhbe.experiment.folder import ResultFolder
+from tests.conftest import ROOT, make_spec, small
+from tests.support.cli import TINY, metrics, run
 
 LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
 CHOICES = {"data": "tiny", "model": "resnet_tiny", "attack": "badnets", "defense": "clp"}

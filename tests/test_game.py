@@ -9,15 +9,12 @@ from collections.abc import Callable
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.literal import LiteralGame, literal_copy, upsample_then_convolve
 from dhbe.core.errors import DivergenceError
 from dhbe.game import (
     Distillation,
     ImageGenerator,
-    LearningRates,
-    LossWeights,
     Noise,
     ScriptedNoise,
     SeededNoise,
@@ -26,68 +23,10 @@ from dhbe.game import (
 )
 from dhbe.game.generator import UpConv
 from dhbe.methods.losses import imbalance, mean_prediction, total_variation_l1, total_variation_l2
-from dhbe.models.preact import WideResNet
+from tests.support.game import BATCH, CPU, LATENT, STD, assert_same, make_game, play, players
+from tests.support.literal import LiteralGame, literal_copy, upsample_then_convolve
 
-CPU = torch.device("cpu")
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64).view(1, 3, 1, 1)
-STD = torch.tensor([0.2023, 0.1994, 0.2010], dtype=torch.float64).view(1, 3, 1, 1)
-BATCH, LATENT = 4, 8
-
-
-def players(dtype: torch.dtype = torch.float64, size: int = 16):
-    torch.manual_seed(0)
-    network = WideResNet(depth=10, widen=1, classes=5, channels=3, image_size=size)
-    generator = ImageGenerator(latent=LATENT, width=4, channels=3, image_size=size)
-    trigger = TriggerNetwork(latent=LATENT, width=4, channels=3, patch_size=3)
-    return [m.to(dtype) for m in (network, generator, trigger)]
-
-
-def make_game(
-    network: nn.Module,
-    generator: ImageGenerator,
-    trigger: TriggerNetwork | None,
-    noise: Noise,
-    *,
-    epochs: int = 1,
-    student: float = 0.1,
-    moves: int = 5,
-    tv1: float = 0.0,
-) -> Distillation:
-    return Distillation(
-        network,
-        std=STD.to(next(network.parameters()).dtype),
-        generator=copy.deepcopy(generator),
-        trigger_network=copy.deepcopy(trigger),
-        noise=noise,
-        weights=LossWeights(patch=0.1, tv1=tv1, tv2=1e-4, balance=0.0),
-        rates=LearningRates(
-            student=student,
-            generator=1e-3,
-            trigger_network=1e-3,
-            momentum=0.9,
-            weight_decay=5e-4,
-            milestones=(0.6, 0.8),
-            decay=0.1,
-        ),
-        batch_size=BATCH,
-        student_moves=moves,
-        epochs=epochs,
-    )
-
-
-def play(game: Distillation, *, iterations: int, epochs: int = 1, **options) -> pl.Trainer:
-    settings = {"enable_checkpointing": False, "precision": "64-true"} | options
-    checkpoint = settings.pop("ckpt_path", None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    trainer.fit(game, range(iterations), ckpt_path=checkpoint, weights_only=True)
-    return trainer
 
 
 def script(seed: int, draws: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -101,14 +40,6 @@ def literal_game(network, generator, trigger, noise: Noise) -> LiteralGame:
     return literal_copy(
         network, generator, trigger, mean=MEAN, std=STD, noise=noise, batch_size=BATCH
     )
-
-
-def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
-    a, b = ours.state_dict(), theirs.state_dict()
-    assert a.keys() == b.keys()
-    for key in a:
-        difference = float((a[key].double() - b[key].double()).abs().max())
-        assert difference <= tolerance, f"{key} differs by {difference}"
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

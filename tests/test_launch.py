@@ -15,12 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import CONF, ROOT, names
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 from dhbe.core.errors import ConfigError
 from dhbe.sweeping.callback import Sweep
@@ -28,6 +26,8 @@ from dhbe.sweeping.failures import PLANS, failure_file, record_lost_jobs, write_
 from dhbe.sweeping.plan import Plan
 from dhbe.sweeping.status import Names, left, newest, state, view
 from dhbe.sweeping.workers import take_slot
+from tests.conftest import CONF, ROOT, names
+from tests.support.launch import job
 
 TINY = (
     *("data.limit=200", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=1"),
@@ -146,16 +146,6 @@ def test_a_relaunch_is_looked_at_anew(tmp_path: Path) -> None:
         failure_file(tmp_path / name).write_text(json.dumps(record))
     assert view(plan, ["a", "b"])[1]
     assert not view(again, ["a", "b"])[1], "failures of an older launch end nothing"
-
-
-def job(folder: Path, mode: RunMode = RunMode.MULTIRUN) -> Any:
-    """What Hydra tells callbacks of a job with this result folder."""
-    hydra = {
-        "mode": mode,
-        "runtime": {"output_dir": str(folder), "choices": {}},
-        "overrides": {"task": ["seed=0"]},
-    }
-    return OmegaConf.create({"hydra": hydra, "seed": 0})
 
 
 @pytest.mark.parametrize("mode", [RunMode.MULTIRUN, RunMode.RUN])

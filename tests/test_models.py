@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_spec, names
 from hydra.utils import instantiate
 
 from dhbe.config.schema import plain
 from dhbe.core.errors import ConfigError
 from dhbe.models import Normalized
+from tests.conftest import make_spec, names
 
 PARAMETERS = {
     "resnet18": 11_173_962,

@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import dhbe
+from tests.conftest import ROOT
 
 COPIED = ("attacks", "conf", "defenses", "dhbe", "sweeps")
 FILES = ("LICENSE", "README.md", "pyproject.toml", "run.py", "setup.py")

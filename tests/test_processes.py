@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_spec
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import nn
@@ -35,6 +34,7 @@ from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig
+from tests.conftest import make_spec
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import GAME, metrics, run
 from torch import nn
 
 import dhbe
@@ -22,6 +20,8 @@ from dhbe.cli import purify_arguments
 from dhbe.core.errors import ConfigError
 from dhbe.experiment import pipeline
 from dhbe.models.resnet import SmallResNet
+from tests.conftest import ROOT
+from tests.support.cli import GAME, metrics, run
 
 PROBE = ("probe.images=12", "probe.steps=2", "probe.width=4", "trainer.threads=1")
 

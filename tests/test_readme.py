@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
-from test_cli import GAME, TINY
 
 from dhbe.config.schema import plain
 from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import SmallResNet
+from tests.conftest import ROOT
+from tests.support.cli import GAME, TINY
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 LINES = [

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, make_spec, names, small
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dhbe
 from benchmarks.layouts import changed, read
-from benchmarks.networks import Flat, Pair, ResNet, Wide
 from defenses.none import NoDefense
 from dhbe.checkpoint import completed
 from dhbe.checkpoint.preprocessing import normalized, random_crops, told
@@ -27,6 +25,8 @@ from dhbe.game import ImageGenerator
 from dhbe.models import Normalized
 from dhbe.models.interface import contiguous_input, prepared
 from dhbe.models.resnet import CifarResNet, SmallResNet
+from tests.conftest import CONF, make_spec, names, small
+from tests.support.networks import Flat, Pair, ResNet, Wide
 
 HELD = os.environ.get("DHBE_CHECKPOINTS", "")
 needs_checkpoints = pytest.mark.skipif(

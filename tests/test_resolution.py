@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import small
 from PIL import Image
-from test_cli import metrics
-from test_cli import run as command
 
 from dhbe.config.identity import cell
 from dhbe.config.resolvers import name_of
 from dhbe.experiment.pipeline import run
+from tests.conftest import small
+from tests.support.cli import metrics
+from tests.support.cli import run as command
 
 SHORT = (
     *("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small
 from omegaconf import DictConfig
-from test_cli import TINY
 
 from dhbe.config.identity import cell
 from dhbe.config.resolution import resolved
@@ -25,6 +23,8 @@ from dhbe.training.recorder import Stopwatch
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
+from tests.conftest import small
+from tests.support.cli import TINY
 
 
 def result(path: Path, text: str) -> ResultFolder:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
 from dhbe.config.resolvers import register_resolvers
@@ -20,6 +19,7 @@ from dhbe.core.errors import DivergenceError
 from dhbe.experiment import pipeline
 from dhbe.sweeping.slices import planned, work
 from dhbe.sweeping.status import Names, state
+from tests.conftest import ROOT
 
 CELLS = ("attack=badnets", "seed=0", "defense=none,clp")
 TINY = ("data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=30")

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import CONF, ROOT, names
-from test_report import write_cell
 
 from dhbe.sweeping.attack_table import merged, rows, stealth, text, victims
+from tests.conftest import CONF, ROOT, names
+from tests.support.report import write_cell
 
 
 def write_attack(folder: Path, attack: str, acc: float, floor: float | None = None) -> None:

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from omegaconf import DictConfig
-from test_launch import job
 
-from benchmarks.clusters import continued
 from dhbe.config.identity import cell
 from dhbe.config.schema import plain
 from dhbe.core.errors import ConfigError
 from dhbe.experiment.tracking import report, tracked
 from dhbe.sweeping.callback import Sweep
+from tests.conftest import ROOT
+from tests.support.launch import continued, job
 
 METRICS = {
     "victim": {"acc": 0.7, "asr": 1.0, "asr_conditional": None},

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from conftest import make_spec
-from test_attacks import batch, build, prepare, tiny
 
 from attacks.composite import halves
 from attacks.frequency import cosine
@@ -19,6 +17,8 @@ from dhbe.data import Resident
 from dhbe.methods.adversarial import pgd
 from dhbe.methods.losses import diversity
 from dhbe.methods.patterns import frozen_call, min_max, optimize, selected_features, smooth
+from tests.conftest import make_spec
+from tests.support.attacks import batch, build, prepare, tiny
 
 SPEC32 = make_spec(image_size=32, classes=10)
 

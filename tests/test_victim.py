@@ -6,33 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from conftest import make_spec
 from safetensors.torch import save_file
-from test_attacks import badnets, build
-from test_defenses import suspect
 
 from dhbe import checkpoint
 from dhbe.config.identity import fingerprint
 from dhbe.core.errors import ArtefactError, DivergenceError
 from dhbe.data import Resident, TrainingBatches
-from dhbe.training.schedule import Cosine, OneCycle, SGDSchedule, Steps
+from dhbe.training.schedule import Cosine, Steps
 from dhbe.training.supervised import Supervised
 from dhbe.victim.store import FORMAT, Making, VictimStore
 from dhbe.victim.train import train
-
-
-def schedule(epochs: int = 2, **changes) -> SGDSchedule:
-    known = {
-        "batch_size": 16,
-        "learning_rate": 0.05,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "shape": OneCycle(),
-    }
-    return SGDSchedule(epochs=epochs, **(known | changes))
+from tests.conftest import make_spec
+from tests.support.attacks import badnets, build
+from tests.support.defenses import suspect
+from tests.support.victim import StopAfter, schedule
 
 
 class Store:
@@ -87,7 +75,7 @@ def test_seconds_of_a_killed_attempt_count(store: Store, monkeypatch) -> None:
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("test_victim.train", killed)
+        patch.setattr("tests.test_victim.train", killed)
         with pytest.raises(InterruptedError):
             store.obtain({"seed": 0})
     assert 2000 < store.obtain({"seed": 0}).seconds < 3000
@@ -111,17 +99,6 @@ def test_damage_is_detected_and_named(store: Store, damage: str) -> None:
         about.unlink()
     with pytest.raises(ArtefactError, match=f"delete {folder} to train it anew"):
         store.obtain({"seed": 0})
-
-
-class StopAfter(pl.Callback):
-    """Ends training the hard way after some epochs."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
-        if trainer.current_epoch == self.epochs:
-            raise InterruptedError
 
 
 def test_killed_training_resumes_to_the_same_weights(

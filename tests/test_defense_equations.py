@@ -1,0 +1,300 @@
+"""Each defense's losses, scores and steps against slow, obvious references."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from defenses.abl import local_ascent
+from defenses.anp import ANP
+from defenses.awm import AWM
+from defenses.fine_pruning import head_accuracy
+from defenses.fip import Spectrum, fisher_trace
+from defenses.ft_sam import ascent
+from defenses.i_bau import implicit
+from defenses.nad import attention
+from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
+from defenses.trap_and_replace import decoder
+from defenses.ulrl import reset
+from dhbe.core.rng import generator
+from dhbe.data import Budget, DefenderData, Resident, to_float
+from dhbe.methods.losses import total_variation_squared
+from dhbe.methods.masks import attach, batch_norms
+from dhbe.methods.selection import accuracy, choose
+from dhbe.models.dataflow import classifier
+from dhbe.models.shortcuts import (
+    blocks,
+)
+from dhbe.training.schedule import Cosine, SGDSchedule
+from tests.conftest import make_spec
+from tests.support.attacks import tiny
+from tests.support.defenses import batch, build, granted, self_labelled, suspect
+
+SPEC = make_spec()
+
+
+def test_fine_pruning_drops_a_share_and_measures_the_head_alone(
+    compose_config, images: Resident, make_runtime, monkeypatch
+) -> None:
+    network, seen = tiny(SPEC), {}
+
+    def spy(network, *args, **how):
+        seen.update(how)
+        return choose(network, *args, **how)
+
+    monkeypatch.setattr("defenses.fine_pruning.choose", spy)
+    data = granted(self_labelled(images, network), fraction=0.1)
+    build("fine_pruning", compose_config).repair(copy.deepcopy(network), data, make_runtime())
+    assert seen["relative"]
+    measure = head_accuracy(network, images, make_runtime())
+    pruned = copy.deepcopy(network)
+    classifier(pruned).weight.data[:, ::2] = 0
+    for net in (network, pruned):
+        assert measure(net) == accuracy(net, images, make_runtime())
+
+
+def test_attention_maps_by_loops() -> None:
+    features = torch.randn(2, 3, 4, 5)
+    found = attention(features, 2)
+    for b in range(2):
+        plain = torch.zeros(4, 5)
+        for c in range(3):
+            for i in range(4):
+                for j in range(5):
+                    plain[i, j] += abs(features[b, c, i, j]) ** 2
+        torch.testing.assert_close(found[b], plain / plain.square().sum().sqrt())
+
+
+def test_fisher_trace_by_explicit_gradients() -> None:
+    """Over all sign vectors the estimate averages to mean_i |grad l_i|^2, exactly."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    x, y = torch.randn(3, 3).double(), torch.tensor([0, 1, 1])
+    weights = list(net.parameters())
+    each = F.cross_entropy(net(x), y, reduction="none")
+    explicit = 0.0
+    for i in range(3):
+        slopes = torch.autograd.grad(each[i], weights, retain_graph=True)
+        explicit += sum(float(g.square().sum()) for g in slopes) / 3
+
+    found = []
+    for chosen in itertools.product((-1.0, 1.0), repeat=3):
+        mixed = (torch.tensor(chosen).double() * each).sum()
+        slopes = torch.autograd.grad(mixed, weights, retain_graph=True)
+        found.append(sum(float(g.square().sum()) for g in slopes) / 3)
+    assert sum(found) / 8 == pytest.approx(explicit, rel=1e-12)
+    rng = generator(0)
+    drawn = [float(fisher_trace(each, weights, rng).detach()) for _ in range(300)]
+    assert np.mean(drawn) == pytest.approx(explicit, rel=0.15)
+    assert {min(found, key=lambda v: abs(v - d)) == pytest.approx(d) for d in drawn} == {True}
+    trace = fisher_trace(each, weights, rng)
+    assert torch.autograd.grad(trace, weights[0])[0].abs().sum() > 0
+
+
+def test_spectrum_starts_at_the_weight_and_moves_singular_values() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 2, 2)
+    spectrum = Spectrum(weight)
+    torch.testing.assert_close(spectrum(weight), weight)
+    spectrum.shift.data[0] = 1.0
+    before, after = (torch.linalg.svdvals(w.flatten(1)) for w in (weight, spectrum(weight)))
+    torch.testing.assert_close(after, before + torch.tensor([1.0, 0, 0, 0]))
+
+
+def test_implicit_gradient_of_a_quadratic_game() -> None:
+    """Fixed point delta* = A theta: the total derivative of g(delta*(theta), theta) is known."""
+    torch.manual_seed(0)
+    a = torch.randn(4, 3, dtype=torch.float64)
+    theta = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    delta = (a @ theta).detach().requires_grad_(True)
+
+    def outer(d, t):
+        return (d**3).sum() + d.sum() * t.square().sum()
+
+    mapped = delta - 0.1 * (delta - a @ theta)
+    loss = implicit(outer(delta, theta), mapped, delta, steps=400)
+    (ours,) = torch.autograd.grad(loss, theta)
+    step = 1e-6
+    for i in range(3):
+        shift = torch.zeros(3, dtype=torch.float64)
+        shift[i] = step
+        high, low = (outer(a @ (theta + s), theta + s) for s in (shift, -shift))
+        expected = float((high - low).detach() / (2 * step))
+        assert float(ours[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_natural_gradient_by_an_explicit_fisher_matrix() -> None:
+    torch.manual_seed(0)
+    h, w = torch.randn(6, 3).double(), torch.randn(4, 3).double()
+    y = torch.tensor([0, 1, 2, 3, 0, 1])
+    p = (h @ w.T).softmax(1)
+    explicit = torch.zeros(12, 12).double()
+    for hi, pi in zip(h, p, strict=True):
+        explicit += torch.kron(torch.diag(pi) - torch.outer(pi, pi), torch.outer(hi, hi)) / 6
+    v = torch.randn(4, 3).double()
+    torch.testing.assert_close(fisher_product(p, h, v).flatten(), explicit @ v.flatten())
+    slope = gradient(p, h, y)
+    weight = w.clone().requires_grad_(True)
+    (auto,) = torch.autograd.grad(F.cross_entropy(h @ weight.T, y), weight)
+    torch.testing.assert_close(slope, auto)
+    step = conjugate_gradients(lambda u: fisher_product(p, h, u) + 0.01 * u, slope, 50)
+    solved = torch.linalg.solve(explicit + 0.01 * torch.eye(12).double(), slope.flatten())
+    torch.testing.assert_close(step.flatten(), solved, atol=1e-8, rtol=1e-6)
+    diagonal = torch.stack(
+        [gradient(p[i : i + 1], h[i : i + 1], y[i : i + 1]).square() for i in range(6)]
+    ).mean(0)
+    torch.testing.assert_close(fisher_diagonal(p, h, y), diagonal)
+
+
+def test_awm_sees_the_images_as_they_are(
+    compose_config, images: Resident, make_runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, data = build("awm", compose_config), granted(images, fraction=0.1)
+    own = {x.numpy().tobytes() for x in to_float(data.clean().resident().images)}
+    seen: list[torch.Tensor] = []
+
+    def spy(network, batches, *, learning_rate: float) -> torch.Tensor:
+        seen.extend(b.images for b in batches)
+        return torch.zeros(1, 3, 16, 16)
+
+    monkeypatch.setattr("defenses.awm.universal", spy)
+    method(suspect(), data, make_runtime())
+    assert len(seen) >= 5
+    assert {x.numpy().tobytes() for b in seen for x in b} <= own
+
+
+def test_pbe_is_adversarial_at_first(
+    compose_config, images: Resident, make_runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = build("pbe", compose_config, adversarial_batches=2)
+    method.schedule.epochs, method.schedule.batch_size = 2, 10
+    count = []
+    monkeypatch.setattr("defenses.pbe.pgd", lambda net, x, y, **_: count.append(len(x)) or x)
+    data = DefenderData(Budget(poisoned=True), pool=images, train_size=400, seed=0, poisoned=images)
+    method(suspect(), data, make_runtime())
+    first = max(1, round(method.first_share * len(images)) // 10)
+    assert len(count) == 2 * first + 2 * len(method.shares)
+
+
+def test_a_frozen_suspect_is_tuned_as_a_whole(
+    compose_config, images: Resident, make_runtime
+) -> None:
+    frozen = suspect()
+    frozen.network.requires_grad_(False)
+    repaired = [
+        build("finetune", compose_config)(s, granted(images, fraction=0.1), make_runtime(work=w))
+        for s, w in ((suspect(), "free"), (frozen, "frozen"))
+    ]
+    for one, other in zip(*(r.state_dict().values() for r in repaired), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sam_step_by_hand() -> None:
+    """w = (3, 4), g = (1, 0): |w| g = (3, 0), norm 3; e = 2 * (9, 16) * (1, 0) / 3 = (6, 0)."""
+    (step,) = ascent([torch.tensor([3.0, 4])], (torch.tensor([1.0, 0]),), 2.0)
+    torch.testing.assert_close(step, torch.tensor([6.0, 0]))
+
+
+def test_local_ascent_turns_the_gradient_of_easy_images() -> None:
+    each = torch.tensor([0.1, 2.0], requires_grad=True)
+    local_ascent(each, 0.5).backward()
+    assert each.grad.tolist() == [-0.5, 0.5]
+
+
+def test_reset_rows_and_no_others() -> None:
+    head = nn.Linear(8, 3)
+    before = head.weight.detach().clone()
+    reset(head, [1], generator(0))
+    assert torch.equal(head.weight[[0, 2]], before[[0, 2]])
+    assert not torch.equal(head.weight[1], before[1])
+    assert head.weight[1].abs().max() <= math.sqrt(2 / 8)
+    assert head.bias[1] == 0
+
+
+def test_anp_noise_stays_in_its_band_and_hurts() -> None:
+    network = tiny(SPEC)
+    network.requires_grad_(False)
+    layers = batch_norms(network, method="anp")
+    scales = [*attach(layers), *attach(layers, "bias")]
+    schedule = SGDSchedule(
+        epochs=1,
+        batch_size=4,
+        learning_rate=0.1,
+        momentum=0,
+        nesterov=False,
+        weight_decay=0,
+        shape=Cosine(end=0.0),
+    )
+    method = ANP(
+        epsilon=0.4,
+        alpha=0.2,
+        noise_steps=5,
+        steps=1,
+        threshold=0.2,
+        selection="fixed",
+        max_drop=0.1,
+        schedule=schedule,
+    )
+    x, y = batch()
+    method.disturb(network, scales, x, y, generator(0))
+    assert max(float(s.noise.abs().max()) for s in scales) <= 0.4 + 1e-6
+    with torch.no_grad():
+        hurt = F.cross_entropy(network(x), y)
+        for scale in scales:
+            scale.noise = torch.zeros_like(scale.noise)
+        calm = F.cross_entropy(network(x), y)
+    assert hurt > calm
+
+
+def test_one_shot_images_are_enlarged(compose_config, images: Resident, make_runtime) -> None:
+    method = build("awm_one_shot", compose_config)
+    assert isinstance(method, AWM)
+    one = granted(images, per_class=1).clean()
+    more = method.enlarged(one, tiny(SPEC), make_runtime())
+    assert len(more) == 4 * 10
+    assert torch.equal(more.images[:4], one.resident().images)
+    assert more.labels.bincount().tolist() == [10] * 4
+
+
+def test_trap_and_replace_touches_the_head_alone(
+    compose_config, images: Resident, make_runtime
+) -> None:
+    """The head starts anew (its rate is next to nothing) and learns behind heavy dropout."""
+    method = build("trap_and_replace", compose_config, dropout=0.99)
+    method.head_schedule.learning_rate = 1e-9
+    network = tiny(SPEC)
+    cut, last = blocks(network, method="x", least=2)[-2:]
+    data = granted(images, fraction=0.1)
+    before = copy.deepcopy(network.state_dict())
+    dropped = []
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        dropped.append(float((args[0].flatten(1) == 0).float().mean()))
+
+    handles = [m.register_forward_hook(watch) for m in (last.conv2, network.network.head)]
+    method.replace(network, cut, [last], data, make_runtime())
+    for handle in handles:
+        handle.remove()
+    assert min(dropped[-2:]) > 0.6, "one of 16 places has to stay for the mean to be there"
+    after = network.state_dict()
+    changed = {k for k, v in after.items() if not torch.allclose(v, before[k], atol=1e-4)}
+    assert all(k.startswith(("network.stages.1", "network.head")) for k in changed)
+    assert {k for k in after if k.startswith("network.stages.1") and "conv" in k} <= changed
+    assert "network.head.weight" in changed
+
+
+def test_decoder_and_total_variation() -> None:
+    for features, size, channels in (((64, 8, 8), 32, 3), ((64, 7, 7), 28, 1), ((64, 7, 7), 32, 3)):
+        x = torch.zeros(2, *features)
+        assert decoder(x, size, channels)(x).shape[1:] == (channels, size, size)
+    published = [type(m).__name__ for m in decoder(torch.zeros(2, 64, 8, 8), 32, 3)]
+    assert published == ["ConvTranspose2d", "ReLU", "ConvTranspose2d", "Sigmoid"]
+    x = torch.tensor([[[[0.0, 1], [2, 3]]]])  # down: 4 + 4, right: 1 + 1
+    assert float(total_variation_squared(x)) == 10 / 4
