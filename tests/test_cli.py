@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.support.cli import GAME, TINY, metrics, run
+from tests.support.commands import called
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +174,8 @@ def test_a_damaged_victim_is_named(finished: Path, tmp_path: Path) -> None:
 
 def test_the_embedded_quickstart_defaults() -> None:
     """The default run is the documented one, and it needs no data root."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "--cfg", "job"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={k: v for k, v in os.environ.items() if k != "DHBE_DATA"},
-    )
+    env = {k: v for k, v in os.environ.items() if k != "DHBE_DATA"}
+    done = called([str(ROOT / "run.py"), "--cfg", "job"], cwd=ROOT, env=env)
     for line in ("name: cifar10_mini", "attacks.badnets.BadNets", "defenses.dhbe.DHBE"):
         assert line in done.stdout
 

@@ -7,8 +7,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import SmallResNet
 from tests.conftest import ROOT
 from tests.support.cli import GAME, TINY
+from tests.support.commands import called
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 LINES = [
@@ -68,14 +67,7 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
         extra += GAME
     if chosen[0] == "defense=anp":
         extra.append("defense.steps=5")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words, *extra],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = called([str(ROOT / "run.py"), *words, *extra], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("metrics.json"))
 
@@ -90,7 +82,7 @@ def test_every_cell_of_every_sweep_assembles(name: str, compose_config) -> None:
     assert math.prod(map(len, parameters.values())) >= 3
     parameters["seed"] = parameters["seed"][:1]  # it decides nothing here
     cells = list(itertools.product(*parameters.values()))
-    if len(cells) > 100:  # each value once, among the first of the others
+    if len(cells) > 20:  # each value once, among the first of the others
         first = cells[0]
         cells = [
             (*first[:i], value, *first[i + 1 :])

@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from dhbe.report.tables import (
     summarize,
 )
 from tests.conftest import ROOT, names
+from tests.support.commands import called
 from tests.support.report import write_cell
 
 
@@ -425,8 +425,8 @@ def test_shipped_figures_name_their_source_and_ours() -> None:
 
 
 def report(cells: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dhbe.report", str(cells), "--out", str(out), *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-m", "dhbe.report", str(cells), "--out", str(out), *more]
+    return called(command, cwd=ROOT)
 
 
 def test_command_writes_everything_and_escapes(cells: Path, tmp_path: Path) -> None:
@@ -509,8 +509,7 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dhbe.report", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = called(["-m", "dhbe.report", str(tmp_path)], cwd=ROOT)
     assert done.returncode == 1
     assert "no metrics.json below" in done.stderr
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import yaml
 
 from dhbe.sweeping.attack_table import merged, rows, stealth, text, victims
 from tests.conftest import CONF, ROOT, names
+from tests.support.commands import called
 from tests.support.report import write_cell
 
 
@@ -66,18 +65,18 @@ def test_identical_images_are_perfectly_stealthy() -> None:
 
 
 def test_command_writes_table_and_sheet(results: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dhbe.sweeping.attack_table", str(results)]
+    command = ["-m", "dhbe.sweeping.attack_table", str(results)]
     command += ["--out", str(tmp_path / "t"), "--sheet", str(tmp_path / "t.png")]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert called(command, cwd=ROOT).returncode == 0
     page = tmp_path / "t.md"
     page.write_text("How it was made.\n\n<!-- table -->\n\nold")
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert called(command, cwd=ROOT).returncode == 0
     assert page.read_text().startswith("How it was made.\n\n<!-- table -->\n\n| data |")
     assert len(pd.read_csv(tmp_path / "t.csv")) == 2
     assert (tmp_path / "t.md").read_text().count("blend") == 1
     assert (tmp_path / "t.png").stat().st_size > 1000
-    empty = [*command[:3], str(tmp_path / "nothing"), "--out", str(tmp_path / "u")]
-    failed = subprocess.run(empty, cwd=ROOT, capture_output=True, text=True, check=False)
+    empty = [*command[:2], str(tmp_path / "nothing"), "--out", str(tmp_path / "u")]
+    failed = called(empty, cwd=ROOT)
     assert failed.returncode == 1
     assert "no finished result" in failed.stderr
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.support.commands import called
 
 TINY = (
     "data.limit=300",
@@ -33,19 +33,15 @@ def run(
     folder: Path, *overrides: str, victims: str = "victims", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``python run.py`` from another folder, as a child process."""
-    return subprocess.run(
+    return called(
         [
-            sys.executable,
             str(ROOT / "run.py"),
             *overrides,
             f"paths.victims={folder}/{victims}",
             f"paths.results={folder}/results",
         ],
         cwd=folder,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
+        env=os.environ | environment,
     )
 
 
