@@ -12,8 +12,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,23 +33,18 @@ from dhbe.experiment import contents, pipeline
 from dhbe.experiment.folder import ResultFolder
 from tests.conftest import ROOT, make_spec, small
 from tests.support.cli import TINY, metrics, run
+from tests.support.commands import Command
 
 LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
 CHOICES = {"data": "tiny", "model": "resnet_tiny", "attack": "badnets", "defense": "clp"}
 
 
-def started(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), f"paths.victims={folder}/victims", *overrides],
-        cwd=folder,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def started(folder: Path, *overrides: str, **options) -> Command:
+    words = [str(ROOT / "run.py"), f"paths.victims={folder}/victims", *overrides]
+    return Command(words, cwd=folder, **options)
 
 
-def in_training(folder: Path, *overrides: str, **options) -> subprocess.Popen[str]:
+def in_training(folder: Path, *overrides: str, **options) -> Command:
     """A run whose victim has finished its first epoch."""
     process = started(folder, *LONG, *overrides, **options)
     while process.poll() is None and not list(folder.glob("victims/.*.partial/last.ckpt")):
@@ -59,13 +52,14 @@ def in_training(folder: Path, *overrides: str, **options) -> subprocess.Popen[st
     return process
 
 
-def stop_in_training(folder: Path, number: signal.Signals) -> tuple[int, str]:
+def attentive() -> None:
+    """A background shell, as in CI, makes its children deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_in_training(folder: Path, number: signal.Signals) -> tuple[int | None, str]:
     """Send the signal when the first epoch of the victim is on disk."""
-
-    def attentive() -> None:  # a background shell, as in CI, makes its children deaf to SIGINT
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    process = in_training(folder, preexec_fn=attentive)
+    process = in_training(folder, before=attentive)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     return process.returncode, said
@@ -92,14 +86,15 @@ def test_a_stopped_run_can_be_continued(tmp_path: Path, number, status: int) -> 
         assert not list(tmp_path.glob("victims/.*.partial"))
 
 
+def small_disk() -> None:
+    """No file may grow beyond 64 kB: what a full disk does to the first large one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+
 def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     """No file may grow beyond 64 kB: what a full disk does to the first large one."""
-
-    def limited() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-
-    process = started(tmp_path, *LONG, preexec_fn=limited)
+    process = started(tmp_path, *LONG, before=small_disk)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 1, said
     assert "error: " in said
@@ -119,14 +114,15 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path, key: str) -> No
     assert "Traceback" not in said
 
 
+def small_memory() -> None:
+    """4 GB of data at most."""
+    resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
+
+
 def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
-    """4 GB of data at most, and a batch that needs ten times that."""
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
-
+    """A batch that needs ten times the memory."""
     large = ("model.widths=[512,512]", "victim.batch_size=6840", "data.limit=0")
-    process = started(tmp_path, *LONG[4:], *large, "trainer.threads=1", preexec_fn=limited)
+    process = started(tmp_path, *LONG[4:], *large, "trainer.threads=1", before=small_memory)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 1, said
     assert re.search(r"out of memory \(.*\); lower defense.batch_size or victim.batch_size", said)

@@ -27,6 +27,7 @@ from dhbe.sweeping.plan import Plan
 from dhbe.sweeping.status import Names, left, newest, state, view
 from dhbe.sweeping.workers import take_slot
 from tests.conftest import CONF, ROOT, names
+from tests.support.commands import Command, called
 from tests.support.launch import job
 
 TINY = (
@@ -35,20 +36,14 @@ TINY = (
 )
 
 
-def started(*overrides: str) -> subprocess.Popen[str]:
+def started(*overrides: str) -> Command:
     """``python run.py -m`` with these overrides."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [sys.executable, "run.py", "-m", *overrides], cwd=ROOT, env=env, **pipes
-    )
+    return Command([str(ROOT / "run.py"), "-m", *overrides], cwd=ROOT)
 
 
 def run(*overrides: str) -> subprocess.CompletedProcess[str]:
     """The same, seen to its end."""
-    process = started(*overrides)
-    shown, told = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, shown, told)
+    return called([str(ROOT / "run.py"), "-m", *overrides], cwd=ROOT)
 
 
 def places(folder: Path) -> list[str]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,24 +17,19 @@ from dhbe.experiment import pipeline
 from dhbe.sweeping.slices import planned, work
 from dhbe.sweeping.status import Names, state
 from tests.conftest import ROOT
+from tests.support.commands import Command
 
 CELLS = ("attack=badnets", "seed=0", "defense=none,clp")
 TINY = ("data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=30")
 
 
-def begun(folder: Path, *options: str) -> subprocess.Popen[str]:
+def begun(folder: Path, *options: str) -> Command:
     places = (f"paths.results={folder}/results", f"paths.victims={folder}/victims")
-    return subprocess.Popen(
-        [sys.executable, "-m", "dhbe.sweeping.slices", "quick", *CELLS, *TINY, *places, *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["-m", "dhbe.sweeping.slices", "quick", *CELLS, *TINY, *places, *options]
+    return Command(words, cwd=ROOT)
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: Command) -> tuple[int | None, str]:
     said, complaints = process.communicate(timeout=300)
     return process.returncode, said + complaints
 

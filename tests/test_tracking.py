@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +21,7 @@ from dhbe.core.errors import ConfigError
 from dhbe.experiment.tracking import report, tracked
 from dhbe.sweeping.callback import Sweep
 from tests.conftest import ROOT
+from tests.support.commands import Command, called
 from tests.support.launch import continued, job
 
 METRICS = {
@@ -144,16 +142,15 @@ def test_csv_is_the_default_and_keeps_the_rows_of_a_killed_attempt(
 def test_rows_of_a_run_that_was_really_killed(tmp_path: Path) -> None:
     epochs = 12
     tiny = ["data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "trainer.threads=1"]
-    command = [sys.executable, str(ROOT / "run.py"), *tiny, f"victim.epochs={epochs}"]
+    command = [str(ROOT / "run.py"), *tiny, f"victim.epochs={epochs}"]
     command += ["defense=clp", f"paths.victims={tmp_path}/v", f"paths.results={tmp_path}/results"]
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env)
+    process = Command(command, cwd=tmp_path)
     while process.poll() is None and not list(tmp_path.glob("v/.*.partial/last.ckpt")):
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not logs(tmp_path), "it was killed in mid-training"
-    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert called(command, cwd=tmp_path).returncode == 0
     assert continued(tmp_path)
     (file,) = logs(tmp_path)
     table = pd.read_csv(file)

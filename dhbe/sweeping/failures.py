@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -46,6 +47,8 @@ def announce_job(config: DictConfig) -> None:
     place = folder.parent / PLANS
     place.mkdir(parents=True, exist_ok=True)
     lost = LostError(f"process {os.getpid()} died while computing this cell")
+    atexit.unregister(withdraw_job)
+    atexit.register(withdraw_job)  # stopped by SIGTERM: not every process deletes what it opened
     file = tempfile.NamedTemporaryFile("w", dir=place, suffix=".job")  # noqa: SIM115
     fcntl.flock(file, fcntl.LOCK_EX)
     json.dump(failure_record(lost, config) | {"cell": folder.name}, file)

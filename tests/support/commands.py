@@ -6,6 +6,7 @@ starts an interpreter anew spends seven seconds on that alone.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -30,16 +31,24 @@ class Command:
     Args:
         words: what follows ``python``: a script and its arguments, or ``-m``, a module and its
             arguments.
-        environment: all of it.
+        env: the whole environment.
+        before: called in the new process, before the command; a function of a module.
     """
 
     def __init__(
-        self, words: list[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ
+        self,
+        words: list[str],
+        *,
+        cwd: Path | str,
+        env: Mapping[str, str] = os.environ,
+        before: Callable[[], object] = int,
     ) -> None:
         self.args = words
         self.folder = Path(tempfile.mkdtemp())
         names = [str(self.folder / name) for name in ("stdout", "stderr")]
-        self.process = SERVER.Process(target=_carry_out, args=(words, str(cwd), dict(env), names))
+        self.process = SERVER.Process(
+            target=_carry_out, args=(words, str(cwd), dict(env), names, before)
+        )
         self.process.start()
 
     @property
@@ -85,7 +94,9 @@ def called(
     return subprocess.CompletedProcess(words, command.wait(), stdout, stderr)
 
 
-def _carry_out(words: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
+def _carry_out(
+    words: list[str], cwd: str, env: dict[str, str], files: list[str], before: Callable[[], object]
+) -> None:
     """In the new process: what the interpreter does with these words."""
     for number, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -93,11 +104,15 @@ def _carry_out(words: list[str], cwd: str, env: dict[str, str], files: list[str]
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    before()
     warnings.simplefilter("ignore")
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        sys.path[0] = str(Path(words[0]).parent)
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
