@@ -116,8 +116,6 @@ def test_the_toy_victim_is_backdoored(toys) -> None:
 
 
 SPARED = ("dhbe", "dfad", "abl", "none")
-
-
 GENTLE = [d for d in DEFENSES if not d.startswith(SPARED)]
 
 
@@ -126,6 +124,7 @@ def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, mak
     """Within 3 points, with a few real steps of every method."""
     clean, _, attack, given, test = toys
     quick = {
+        "awm_one_shot": {"copies": 1},
         "nad": {"betas": [50.0, 50.0]},
         "trap_and_replace": {},
     }
