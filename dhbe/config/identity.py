@@ -15,6 +15,8 @@ from dhbe.core.paths import PACKAGE
 
 VICTIM = ("data", "model", "attack", "victim", "seed")
 """Parts of a config that make a victim, besides the precision."""
+TOLD = ("path", "assumed")
+"""Of a file that a victim starts from: its content, ``sha256``, names it, not its place."""
 CASE = ("data", "model", "attack", "victim")
 METHOD = ("defense", "budget", "trainer")
 """Config groups of what was attacked and of what erased it: reports group runs by these."""
@@ -68,6 +70,7 @@ def victim_recipe(
         recipe["tf32"] = True
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = images
+    recipe["victim"] = {k: v for k, v in recipe["victim"].items() if k not in TOLD}
     if not attacked:
         recipe["attack"] = None
     return recipe
