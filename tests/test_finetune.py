@@ -13,13 +13,16 @@ from test_attacks import ATTACKS, build, tiny
 from dhbe.checkpoint import completed
 from dhbe.config.identity import victim_recipe
 from dhbe.config.resolution import resolved
+from dhbe.config.schema import build as build_node
 from dhbe.config.schema import plain
 from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.data import Resident, Splits
 from dhbe.data.natural import natural_images
 from dhbe.experiment.assembly import assemble
 from dhbe.experiment.pipeline import run
+from dhbe.models import Normalized
 from dhbe.models.resnet import CifarResNet
+from dhbe.report.collect import collect
 from dhbe.training.schedule import Linear, SGDSchedule
 from dhbe.victim.finetune import FinetunedVictim
 from dhbe.victim.source import VictimRequest, no_attack
@@ -50,13 +53,17 @@ def source(file: Path, rate: float = 0.01) -> FinetunedVictim:
     return FinetunedVictim(path=str(file), key=None, sha256="", assumed=[], schedule=schedule(rate))
 
 
+def config_network(classes: int) -> torch.nn.Module:
+    """What ``MODEL`` is, for 32-pixel images."""
+    torch.manual_seed(0)
+    return build_node(MODEL, classes=classes, channels=3, image_size=32)
+
+
 @pytest.fixture
 def request_for(tmp_path: Path, images: Resident, make_runtime):
     """Function that asks for a victim of an attack, of the tiny data set."""
     nothing = torch.empty(0, dtype=torch.int64)
-    splits = Splits(
-        train=images, pool=images, test=images, train_index=nothing, pool_index=nothing
-    )
+    splits = Splits(train=images, pool=images, test=images, train_index=nothing, pool_index=nothing)
 
     def asked(attack, name: str = "none", images: Splits | None = splits) -> VictimRequest:
         tree = {"data": {}, "model": MODEL, "attack": name, "victim": {"of": name}, "seed": 0}
@@ -153,6 +160,27 @@ def test_network_and_normalisation_are_the_files(tmp_path: Path, compose_config)
     assert tree["data"]["mean"] == pytest.approx([0.3] * 3)
     assert any("the file's own first layer" in note for note in tree["victim"]["assumed"])
     assert assemble(tree).source.assumed == tree["victim"]["assumed"]
+
+
+def test_a_run_from_the_file_to_the_report(tmp_path: Path, compose_config) -> None:
+    """``model=`` unsaid; what was found out stands in the result, and the victim is stored once."""
+    file = tmp_path / "w.safetensors"
+    network = Normalized(config_network(10), make_spec(classes=10, image_size=32))
+    save_file(network.state_dict(), file, metadata={"stem_stride": "2"})
+    more = ("data.limit=300", "data.train_size=0", "victim.schedule.epochs=1", "trainer.threads=1")
+    task = ("victim=finetune", f"victim.path={file}", "attack=blend", *more)
+    cached = []
+    for defense in ("none", "clp"):
+        folder = tmp_path / "results" / defense
+        choices = {"data": "cifar10_mini", "attack": "blend", "defense": defense, "scale": "quick"}
+        found = run(compose_config(*task, f"defense={defense}"), folder, choices)
+        assert found["model"] == "resnet_small"
+        assert any("the file's own first layer" in note for note in found["notes"])
+        cached.append(found["cached_victim"])
+    assert cached == [False, True]
+    table = collect([tmp_path / "results"])
+    assert table["epochs"].tolist() == [1, 1]
+    assert table["case"].nunique() == 1
 
 
 @torch.no_grad()

@@ -26,7 +26,10 @@ SWITCHES = {"tf32": False, "compile": "never"}
 """Trainer options that change the rounding, and what leaves it as it is: then they name no cell."""
 IDLE = ("progress", "recompute", "count")
 """Trainer options that change no result."""
-NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
+NEUTRAL = (
+    *("_target_", "threads", "progress", "observe_every", "device", "root", "storage"),
+    "assumed",
+)
 """Options that change neither case nor method, or that the names tell."""
 LATER = {**SWITCHES, "recompute": False, "count": False}
 """Options that older runs do not have; with these values they make no difference to them."""
