@@ -80,7 +80,8 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     baseline = m.get("clean_baseline") or m.get("floor") or {}  # older results say floor
     row["clean_baseline_asr"] = baseline.get("asr")
     victim = config.get("victim", {})
-    row["epochs"] = victim.get("schedule", victim).get("epochs")
+    schedule = victim.get("schedule")  # in former configs the name of a shape
+    row["epochs"] = (schedule if isinstance(schedule, dict) else victim).get("epochs")
     row["clean_images"] = _clean_images(config)
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
     row |= {f"{k}_{s}": v for s in ("victim", "defense") for k, v in speeds(m, s).items()}
