@@ -38,7 +38,7 @@ def test_every_experiment_assembles(name: str, compose_config) -> None:
 
 @pytest.mark.parametrize("name", names("victim"))
 def test_every_schedule_fits(name: str, compose_config) -> None:
-    extra = ["victim.path=x"] if name == "checkpoint" else []
+    extra = ["victim.path=x"] if name in ("checkpoint", "finetune") else []
     victim = plain(compose_config(f"victim={name}", *extra))["victim"]
     assert errors_in(victim, "victim") == []
 
@@ -123,7 +123,11 @@ def test_a_defense_brings_its_budget_and_a_victim_switches_nothing(compose_confi
     plain_model, plain_attack = compose_config().model, compose_config().attack
     for victim in names("victim"):
         found = compose_config(f"victim={victim}")
-        assert (found.model, found.attack) == (plain_model, plain_attack)
+        assert found.attack == plain_attack
+        if victim != "finetune":  # its file tells the network, unless model= is said
+            assert found.model == plain_model
+    assert compose_config("victim=finetune").model._target_ == "dhbe.checkpoint.inferred"
+    assert compose_config("victim=finetune", "model=resnet_tiny").model == plain_model
 
 
 def test_cells_differ_by_what_matters(compose_config) -> None:

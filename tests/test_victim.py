@@ -13,7 +13,7 @@ from dhbe import checkpoint
 from dhbe.config.identity import fingerprint
 from dhbe.core.errors import ArtefactError, DivergenceError
 from dhbe.data import Resident, TrainingBatches
-from dhbe.training.schedule import Cosine, Steps
+from dhbe.training.schedule import Cosine, Linear, Steps
 from dhbe.training.supervised import Supervised
 from dhbe.victim.store import FORMAT, Making, VictimStore
 from dhbe.victim.train import train
@@ -169,6 +169,8 @@ def test_schedules_are_fractions_of_the_budget() -> None:
     assert [steps.factor(p) for p in (0, 0.49, 0.5, 0.9)] == pytest.approx([1, 1, 0.1, 0.01])
     cosine = schedule(shape=Cosine(end=0.0))
     assert [cosine.factor(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    line = schedule(shape=Linear())
+    assert [line.factor(p) for p in (0, 0.3, 1)] == pytest.approx([1, 0.7, 0])
     cycle = schedule()
     assert [cycle.factor(p) for p in (0, 0.2, 0.6, 1)] == pytest.approx([0, 1, 0.5, 0])
 

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from dhbe.checkpoint.loading import Checkpoint, fill
+from dhbe.checkpoint.nesting import STATISTICS
 from dhbe.checkpoint.pickles import shown
 from dhbe.checkpoint.preprocessing import (
     MATERIAL,
     Verdict,
     apart,
+    ruled_out,
     told,
 )
 from dhbe.checkpoint.recognition import OWN, recognised, sizes
@@ -99,18 +101,32 @@ def seen(checkpoint: Checkpoint, network: nn.Module, data: dict[str, Any]) -> li
         if data["normalization"] is not None:
             return []
     verdict = told(network, **sizes(data))
-    if data.get("normalization") is None and "mean" not in data:
+    if "mean" in data:
+        return replaced(network, verdict, data)
+    if data.get("normalization") is None:
         return [chosen(verdict, data)]
     doubt = doubted(verdict, data)
-    if doubt and "mean" in data:  # a data set tells what images look like, not what networks take
-        data["mean"], data["std"] = map(list, statistics(str(verdict.preset), data["channels"]))
-        return [f"normalisation {verdict.preset} instead of the data set's: {verdict.evidence}"]
     return [doubt] if doubt else []
+
+
+def replaced(network: nn.Module, verdict: Verdict, data: dict[str, Any]) -> list[str]:
+    """A data set tells what images look like, not what networks take: the network's word counts.
+
+    Between normalisations that are nearly alike it counts only if it rules the data set's out.
+    """
+    given, preset = {k: list(data[k]) for k in STATISTICS}, verdict.preset
+    if preset is None or (distance := apart(given, preset, data["channels"])) <= ROUNDED:
+        return []
+    images = {k: data[k] for k in ("channels", "image_size")}
+    if distance < MATERIAL and not ruled_out(network, given, preset, **images):
+        return []
+    data["mean"], data["std"] = map(list, statistics(preset, data["channels"]))
+    return [f"normalisation {preset} instead of the data set's: {verdict.evidence}"]
 
 
 def doubted(verdict: Verdict, data: Mapping[str, Any]) -> str:
     """The warning that a network seems to know another normalisation than the config's, if so."""
-    given = data.get("normalization") or {k: list(data[k]) for k in ("mean", "std")}
+    given = data["normalization"]
     if verdict.preset is None or apart(given, verdict.preset, data["channels"]) < MATERIAL:
         return ""
     return (
@@ -148,11 +164,14 @@ def from_file(found: dict[str, list[float]], data: dict[str, Any]) -> list[str]:
     given = data.get("normalization")
     if given is not None and apart(given, found, data["channels"]) > ROUNDED:
         raise got("data.normalization", given, f"null: the file has its own, {found}")
-    if "mean" in data:
-        data["mean"], data["std"] = map(list, statistics(found, data["channels"]))
-    else:
+    if "mean" not in data:
         data["normalization"] = found
-    return []
+        return []
+    own = {k: list(data[k]) for k in STATISTICS}
+    data["mean"], data["std"] = map(list, statistics(found, data["channels"]))
+    if apart(own, found, data["channels"]) <= ROUNDED:
+        return []
+    return [f"normalisation of the file's own first layer, {found}, instead of the data set's"]
 
 
 def said(checkpoint: Checkpoint) -> str | dict[str, Any] | None:
@@ -172,4 +191,7 @@ def inferred(*, classes: int, channels: int, image_size: int) -> nn.Module:
     Raises:
         ConfigError: always; nobody replaced it.
     """
-    raise ConfigError("model=inferred: only a checkpoint tells its network; set victim=checkpoint")
+    raise ConfigError(
+        "model=inferred: only a file tells its network; set victim=checkpoint or victim=finetune, "
+        "or choose a model="
+    )

@@ -146,6 +146,26 @@ def by_information(network: nn.Module, images: Tensor, classes: int) -> Verdict:
 
 
 @torch.no_grad()
+def ruled_out(
+    network: nn.Module, given: dict[str, Any], preset: str, *, channels: int, image_size: int
+) -> bool:
+    """Whether the network's first BatchNorm knows ``preset`` and not ``given`` statistics.
+
+    False where nothing can be measured.
+    """
+    images = natural_images(channels, image_size, max(32, min(1000, PIXELS // image_size**2)))
+    norm = None if images is None else first_norm(network.eval(), images[:2])
+    if images is None or norm is None or not trained(norm):
+        return False
+    views = (images, random_crops(images))
+    known, other = (
+        min(divergence(reaching(network, norm, normalized(x, kind)), norm) for x in views)
+        for kind in (preset, given)
+    )
+    return known <= MOST_DIVERGENT and other > MARGIN * known + FLOOR
+
+
+@torch.no_grad()
 def strangeness(network: nn.Module, verdict: Verdict, *, channels: int, image_size: int) -> float:
     """Mean divergence of all BatchNorms under the normalisation that was told; inf if unknown.
 
@@ -204,9 +224,9 @@ def table(views: list[View], best: View) -> str:
     return text
 
 
-def normalized(x: Tensor, preset: str) -> Tensor:
-    """Images (N, C, H, W) in [0, 1] as a network of that preset takes them."""
-    mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in statistics(preset, x.shape[1]))
+def normalized(x: Tensor, kind: str | dict[str, Any]) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] as a network of that preset, or mean and std, takes them."""
+    mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in statistics(kind, x.shape[1]))
     return (x - mean) / std
 
 

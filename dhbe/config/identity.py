@@ -15,6 +15,8 @@ from dhbe.core.paths import PACKAGE
 
 VICTIM = ("data", "model", "attack", "victim", "seed")
 """Parts of a config that make a victim, besides the precision."""
+TOLD = ("path", "assumed")
+"""Of a file that a victim starts from: its content, ``sha256``, names it, not its place."""
 CASE = ("data", "model", "attack", "victim")
 METHOD = ("defense", "budget", "trainer")
 """Config groups of what was attacked and of what erased it: reports group runs by these."""
@@ -24,7 +26,10 @@ SWITCHES = {"tf32": False, "compile": "never"}
 """Trainer options that change the rounding, and what leaves it as it is: then they name no cell."""
 IDLE = ("progress", "recompute", "count")
 """Trainer options that change no result."""
-NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
+NEUTRAL = (
+    *("_target_", "threads", "progress", "observe_every", "device", "root", "storage"),
+    "assumed",
+)
 """Options that change neither case nor method, or that the names tell."""
 LATER = {**SWITCHES, "recompute": False, "count": False}
 """Options that older runs do not have; with these values they make no difference to them."""
@@ -68,6 +73,7 @@ def victim_recipe(
         recipe["tf32"] = True
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = images
+    recipe["victim"] = {k: v for k, v in recipe["victim"].items() if k not in TOLD}
     if not attacked:
         recipe["attack"] = None
     return recipe

@@ -128,7 +128,7 @@ class Setting:
     def caveats(self, before: Predictions | None) -> list[str]:
         """What the reader has to know where the victim is somebody else's."""
         if self.parts.source.trains:
-            return []
+            return list(self.parts.source.assumed)
         return caveats(
             assumed=self.parts.source.assumed,
             splits=self.splits,

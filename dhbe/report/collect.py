@@ -79,7 +79,9 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row |= {f"{r}_{k}": m[r][k] for r in ROLES for k in RATES}
     baseline = m.get("clean_baseline") or m.get("floor") or {}  # older results say floor
     row["clean_baseline_asr"] = baseline.get("asr")
-    row["epochs"] = config.get("victim", {}).get("epochs")
+    victim = config.get("victim", {})
+    schedule = victim.get("schedule")  # in former configs the name of a shape
+    row["epochs"] = (schedule if isinstance(schedule, dict) else victim).get("epochs")
     row["clean_images"] = _clean_images(config)
     row |= {f"seconds_{k}": v for k, v in m["seconds"].items()}
     row |= {f"{k}_{s}": v for s in ("victim", "defense") for k, v in speeds(m, s).items()}

@@ -77,7 +77,8 @@ def _row(record: dict[str, Any], kin: dict[str, Kin]) -> dict[str, Any]:
         named = tuple(row[n] for n in names)
         row |= _placed(column, named, said, kin[column].get(named, []))
     row["poison_rate"] = row["case_options"].get("attack.poison_rate")
-    row["epochs"] = row["case_options"].get("victim.epochs")
+    epochs = (row["case_options"].get(f"victim.{k}epochs") for k in ("", "schedule."))
+    row["epochs"] = next((n for n in epochs if n), None)
     row["outcome"] = "skipped" if record.get("config_mistake") else "failed"
     row |= {k: record[k] for k in ("seed", "error", "message")}
     return row | {"overrides": " ".join(record["overrides"])}

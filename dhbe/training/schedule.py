@@ -57,6 +57,15 @@ class Cosine(Shape):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Linear(Shape):
+    """Falls in a straight line to 0."""
+
+    def __call__(self, progress: float) -> float:
+        """From 1 to 0."""
+        return 1 - progress
+
+
+@dataclass(frozen=True, kw_only=True)
 class OneCycle(Shape):
     """Rises from 0 over the first fifth, then falls to 0, both linearly."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dhbe.config import identity
 from dhbe.contracts.attack import Attack
-from dhbe.core.errors import ConfigError
+from dhbe.core.errors import got
 from dhbe.core.types import Batch
 from dhbe.data import ImageSet, TrainingBatches
 from dhbe.models import Normalized
@@ -41,12 +41,12 @@ class TrainedVictim(VictimSource):
             ConfigError: there are no images to train on.
             ArtefactError: the stored victim is damaged.
         """
-        if request.splits is None:
-            raise ConfigError(
-                "data=unknown has no images to train on; set victim=checkpoint or data="
+        if request.splits is None or not len(request.splits.train):
+            raise got(
+                "data", request.spec.name, "a data set to train on", "or set victim=checkpoint"
             )
         images = request.splits.train
-        network, attack = request.network(), request.attack
+        network, attack = self.start(request), request.attack
 
         def make(folder: Path) -> Making:
             runtime = Runtime(
@@ -58,7 +58,7 @@ class TrainedVictim(VictimSource):
                 stopwatch=Stopwatch(folder),
             )
             network.to(runtime.device, runtime.dtype)
-            surrogate = self._surrogate(request) if attack.needs_surrogate else None
+            surrogate = self.surrogate(request) if attack.needs_surrogate else None
             attack.to(runtime.device)
             codes = train(network, attack, images, self.schedule, runtime, surrogate)
             return Making(codes=codes, curves=runtime.recorder.rows, work=runtime.work_total.work)
@@ -74,11 +74,18 @@ class TrainedVictim(VictimSource):
         store = VictimStore(Path(request.config["paths"]["victims"]))
         return store.obtain(recipe, network, attack, make)
 
-    def _surrogate(self, request: VictimRequest) -> Normalized:
-        """The clean network of the same recipe, frozen."""
-        network = self.obtain(request.without_attack()).network
-        runtime = request.runtime
-        return network.to(runtime.device, runtime.dtype).requires_grad_(False)
+    def start(self, request: VictimRequest) -> Normalized:
+        """The network that training begins with."""
+        return request.network()
+
+    def clean(self, request: VictimRequest) -> Normalized:
+        """A clean network that the attacker may look into before training."""
+        return self.obtain(request.without_attack()).network
+
+    def surrogate(self, request: VictimRequest) -> Normalized:
+        """The clean network, frozen, where and as the training computes."""
+        network = self.clean(request).eval().requires_grad_(False)
+        return network.to(request.runtime.device, request.runtime.dtype)
 
 
 def train(
