@@ -1,4 +1,4 @@
-"""Fine-pruning: prune what clean images leave asleep, then fine-tune (Liu et al., RAID 2018)."""
+"""Fine-pruning: prune channels dormant on clean images, then fine-tune (Liu et al., RAID 2018)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from dhbe.core.paths import CONF
 
 register_resolvers()
 NAMES = ("checkpoint", "victim.path")
-"""Options that hold the name of somebody else's file."""
+"""Options that hold the path of a checkpoint."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -1,4 +1,4 @@
-"""Somebody else's weights: read without executing code, matched by name and shape, written back."""
+"""Foreign checkpoints: read without executing code, matched by name and shape, written back."""
 
 from dhbe.checkpoint.inference import completed, inferred
 from dhbe.checkpoint.loading import Checkpoint, CheckpointFile

@@ -1,4 +1,4 @@
-"""What a config leaves open and a file answers: network, classes, image size, normalisation."""
+"""Infer settings from a checkpoint: network, classes, image size, normalisation."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def nested(value: Any) -> bool:
 
 
 def short(key: object) -> bool:
-    """Whether a key can be part of a path that somebody types."""
+    """Whether a key can be part of a path that a user types."""
     return type(key) is int or (isinstance(key, str) and 0 < len(key) <= MAX_NAME)
 
 

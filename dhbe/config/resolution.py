@@ -1,7 +1,7 @@
 """A config is resolved completely before anything is named after it.
 
 What files answer is filled in: the state of a user's images by ``${content:...}`` while the config
-is read, the network behind somebody's checkpoint by the function that the config names.
+is read, the network of a checkpoint by the function that the config names.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Defense(ABC):
                 "no defense can start from it"
             )
         network = copy.deepcopy(suspect.network).to(runtime.device, runtime.dtype).eval()
-        network.requires_grad_(True)  # somebody may have frozen a part
+        network.requires_grad_(True)  # a part may be frozen
         repaired = self.repair(network, data, runtime).eval()
         if not all_finite(repaired):
             raise DivergenceError(

@@ -31,7 +31,7 @@ class DivergenceError(DHBEError):
 
 
 class LostError(DHBEError):
-    """A process was killed, by the kernel for want of memory or by somebody."""
+    """A process was killed, by the kernel for want of memory or by a user."""
 
 
 def got(key: str, value: object, allowed: str, remedy: str = "") -> ConfigError:

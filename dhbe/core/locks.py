@@ -34,7 +34,7 @@ def exclusive(path: Path, lease: float = LEASE) -> Iterator[None]:
             try:
                 one.acquire(timeout=PATIENCE)
             except Timeout:
-                log.warning("%s: waiting for another process that is at it", path)
+                log.warning("%s: held by another process; waiting", path)
                 one.acquire()
             stack.callback(one.release)
         yield

@@ -1,4 +1,4 @@
-"""The defender's door to data: what the budget grants, and an error for everything else."""
+"""Budgeted data access: what the defender's budget grants, an error for everything else."""
 
 from __future__ import annotations
 

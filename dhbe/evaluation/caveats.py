@@ -1,4 +1,4 @@
-"""What a reader of a result on somebody's network has to know: assumed, left out, unknowable."""
+"""Caveats of a result on a foreign checkpoint: what was assumed, left out or cannot be known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics from counts: a hit is a hit, divisions come last."""
+"""Rates from counts of images."""
 
 from __future__ import annotations
 

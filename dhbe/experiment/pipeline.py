@@ -96,6 +96,6 @@ def compute(
     metrics = metrics_of(outcome)
     if processes.first():
         report(logger, metrics, setting.runtime.recorder.pictures)
-        write(result.open(cell), outcome, metrics)  # again: somebody may have deleted it
+        write(result.open(cell), outcome, metrics)  # again: the folder may have been deleted
         result.publish()
     return metrics, purified

@@ -126,7 +126,7 @@ class Setting:
             return self.evaluator.predict_once(network, (sha256, *rounding))
 
     def caveats(self, before: Predictions | None) -> list[str]:
-        """What the reader has to know where the victim is somebody else's."""
+        """Caveats for the report, where the victim is a foreign checkpoint."""
         if self.parts.source.trains:
             return list(self.parts.source.assumed)
         return caveats(

@@ -32,7 +32,7 @@ class _Rows(ExperimentWriter):
                 self.metrics_keys = next(csv.reader(rows), [])
 
     def save(self) -> None:
-        """Write what is new, into a folder that somebody may have deleted."""
+        """Write what is new; the folder may have been deleted."""
         if self.metrics:
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
             super().save()

@@ -15,7 +15,7 @@ from dhbe.training.runtime import Runtime
 
 Selection = Literal["fixed", "validation", "oracle"]
 """How a threshold or epoch is chosen: given beforehand, on the budget's validation part, or (marked
-in every table) with eyes on the test set."""
+in every table) on the test set."""
 Choice = TypeVar("Choice")
 THRESHOLDS = [-1.0, *(i / 20 for i in range(19))]
 """Mask thresholds to try: none pruned, then 0, 0.05 ... 0.9."""

@@ -1,4 +1,4 @@
-"""What this project expects of somebody's network, made to hold: images in, logits out."""
+"""Make a foreign network keep the interface: images in, logits out."""
 
 from __future__ import annotations
 

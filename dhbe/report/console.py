@@ -18,7 +18,7 @@ def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None
     title = f"{m['attack']} on {m['data']} / {m['model']}, {m['defense']}"
     title += f", scale {m['scale']}, seed {m['seed']}"
     if m["selection"] == "oracle":
-        title += ", chosen with eyes on the test set (oracle)"
+        title += ", selected on the test set (oracle)"
     table = Table(title=escape(title))
     table.add_column("")
     table.add_column("victim", justify="right")

@@ -87,7 +87,7 @@ def _shown(file: Path) -> dict[str, str]:
 
 
 def _evidence(metrics: dict[str, Any], pictures: list[Path]) -> dict[str, Any]:
-    """What the section on somebody's checkpoint shows; empty for other runs."""
+    """The section on a foreign checkpoint; empty for other runs."""
     found = metrics.get("evidence")
     if found is None:
         return {}

@@ -97,6 +97,6 @@ def write_json(file: Path, content: Any) -> None:
 
 def withdraw_job() -> None:
     """The job of this process has ended by itself: remove its announcement."""
-    with suppress(FileNotFoundError):  # somebody deleted the folder
+    with suppress(FileNotFoundError):  # the folder was deleted
         while _jobs:
             _jobs.pop().close()

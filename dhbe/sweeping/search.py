@@ -61,7 +61,7 @@ def validation(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """``summarize`` of a finished cell on the pool images that its budget does not grant.
 
     Raises:
-        ConfigError: no such images, no data, or a defense that chose with eyes on the test set.
+        ConfigError: no such images, no data, or a defense that selects on the test set.
     """
     parts = assemble(tree)
     splits = load(parts.data, identity.fingerprint(tree["data"]))

@@ -2,7 +2,7 @@
 
 NAME is that of ``+sweep=NAME``; what is given as ``key=value`` stands in place of its values. The
 cells are computed in order, in this process. Skipped are those that are finished, that failed
-(``--retry`` tries them again) or that another process is at. When the time is over, the cell in
+(``--retry`` tries them again) or held by another process. When the time is over, the cell in
 progress is stopped by SIGTERM, and the next slice goes on from its last finished epoch.
 ``python -m dhbe.sweeping.status NAME`` shows where the sweep stands. Exit status: 0 all cells are
 done, 3 some remain, 1 none remains but some failed, 2 the sweep cannot be composed.
@@ -61,7 +61,7 @@ def planned(name: str, overrides: list[str], *, retry: bool) -> Plan:
 
 
 def work(plan: Plan, names: Names, *, weights: bool) -> None:
-    """Compute the cells that nobody has computed and nobody is at, in order."""
+    """Compute, in order, the cells that are neither finished nor held by another process."""
     for i, overrides in enumerate(plan.cells):
         if i == len(names.found):
             names.more(0)

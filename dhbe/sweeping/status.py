@@ -30,7 +30,7 @@ from dhbe.sweeping.failures import PLANS, complete, failure_file, write_json
 from dhbe.sweeping.plan import Plan
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
-"""``begun``: a process died there; whoever comes next continues it."""
+"""``begun``: a process died there; the next one continues it."""
 SHOWN = 12
 """Running and failed cells listed at most."""
 

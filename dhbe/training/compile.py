@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 Compile = Literal["never", "default", "reduce-overhead"]
 """``reduce-overhead`` replays CUDA graphs on a GPU."""
 GRAPHS = 16
-"""Compiled graphs at most; the game has nine. Whoever varies its batches ends up uncompiled."""
+"""Compiled graphs at most; the game has nine. Varying batch shapes fall back to eager mode."""
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def refusal(processes: int) -> ConfigError:
 
 
 def refuse_multirun(processes: int) -> None:
-    """Several processes for one run belong in no sweep, whoever started them.
+    """Refuse several processes per run in a sweep.
 
     Raises:
         ConfigError: this is a cell of one.

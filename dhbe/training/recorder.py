@@ -25,7 +25,7 @@ class Recorder(Checkpoint):
     A ``Checkpoint`` in Lightning's eyes, because those run after the module has logged its epoch.
 
     Args:
-        observe: measures the network being trained (evaluation's eyes; nothing flows back).
+        observe: measures the network being trained (evaluation callback; nothing flows back).
         every: epochs between two observations; 0 switches them off.
     """
 

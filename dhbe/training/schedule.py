@@ -76,7 +76,7 @@ class OneCycle(Shape):
 
 @dataclass(kw_only=True)
 class Learning(ABC):
-    """An optimiser and its learning rate, for as long as somebody else says."""
+    """An optimiser and its learning rate; the caller sets the length."""
 
     learning_rate: Annotated[float, Gt(0)]
     weight_decay: Annotated[float, Ge(0)]

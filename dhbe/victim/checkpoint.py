@@ -1,4 +1,4 @@
-"""``victim=checkpoint``: somebody else's weights take the place of a training."""
+"""``victim=checkpoint``: the victim is read from a checkpoint file."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dhbe.victim.store import Victim
 
 
 class InMemoryVictim(VictimSource):
-    """Somebody's own module.
+    """A module in memory.
 
     Args:
         network: from normalised images to logits.

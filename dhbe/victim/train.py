@@ -103,7 +103,7 @@ def train(
     """
     codes = attack.select(images.labels, runtime.rng("codes"))
     attack.prepare(images, codes, runtime, surrogate)
-    attack.train()  # whoever evaluated before has left it in eval mode, its networks included
+    attack.train()  # an evaluation may have left it, and its networks, in eval mode
     controls = attack.controls_training
     given = images if controls else attack.poison(images, codes, seed=runtime.seed)
     batches = TrainingBatches(
