@@ -44,7 +44,7 @@ def ours(network, generator, trigger, std, batch, device, epochs=1):
         generator=generator,
         trigger_network=trigger,
         noise=SeededNoise(0, device=device, dtype=torch.float32),
-        weights=LossWeights(patch=0.1, tv1=0.0, tv2=1e-4, balance=0.0),
+        weights=LossWeights(patch=0.1, faint=0.0, tv1=0.0, tv2=1e-4, balance=0.0, statistics=0.0),
         rates=LearningRates(
             student=0.1,
             generator=1e-3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import pytorch_lightning as pl
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import got
@@ -40,6 +40,9 @@ class DHBE(Defense):
         latent, width: noise length and width of the image generator.
         patch_latent, patch_width: of the trigger network.
         patch_size: pixels of the trigger network's patch; 0 plays without trigger network.
+        warm_up: generator moves before the first student move. Ours, as what follows.
+        faint_width: of a second trigger network, which changes the whole image; 0 plays without.
+        faint_amplitude: largest change of a pixel that it makes, of [0, 1].
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class DHBE(Defense):
         patch_latent: Annotated[int, Ge(1)],
         patch_width: Annotated[int, Ge(1)],
         patch_size: Annotated[int, Ge(0)],
+        warm_up: Annotated[int, Ge(0)],
+        faint_width: Annotated[int, Ge(0)],
+        faint_amplitude: Annotated[float, Gt(0)],
         weights: LossWeights,
         rates: LearningRates,
     ) -> None:
@@ -61,6 +67,8 @@ class DHBE(Defense):
         self.batch_size, self.student_moves = batch_size, student_moves
         self.latent, self.width = latent, width
         self.patch_latent, self.patch_width, self.patch_size = patch_latent, patch_width, patch_size
+        self.warm_up = warm_up
+        self.faint_width, self.faint_amplitude = faint_width, faint_amplitude
         self.weights, self.rates = weights, rates
 
     def fits(self, spec: DataSpec) -> None:
@@ -99,7 +107,7 @@ class DHBE(Defense):
                 image_size=network.spec.image_size,
                 statistics=natural_inputs(network.spec),
             )
-            trigger_network = None
+            trigger_network = faint_network = None
             if self.patch_size:
                 trigger_network = TriggerNetwork(
                     latent=self.patch_latent,
@@ -107,11 +115,20 @@ class DHBE(Defense):
                     channels=channels,
                     patch_size=self.patch_size,
                 )
+            if self.faint_width:
+                faint_network = TriggerNetwork(
+                    latent=self.patch_latent,
+                    width=self.faint_width,
+                    channels=channels,
+                    patch_size=network.spec.image_size,
+                    amplitude=self.faint_amplitude,
+                )
         game = Distillation(
             network.network,
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
+            faint_network=faint_network,
             noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
             processes=runtime.processes,
             weights=self.weights,
@@ -119,6 +136,7 @@ class DHBE(Defense):
             batch_size=self.batch_size,
             student_moves=self.student_moves,
             epochs=self.epochs,
+            warm_up=self.warm_up,
         )
         return channels_last(game.to(runtime.device, runtime.dtype))
 

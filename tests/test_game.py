@@ -25,8 +25,10 @@ from dhbe.game import (
     add_patches,
 )
 from dhbe.game.generator import UpConv
+from dhbe.game.statistics import statistics_gaps
 from dhbe.methods.losses import imbalance, mean_prediction, total_variation_l1, total_variation_l2
 from dhbe.models.preact import WideResNet
+from dhbe.training.parallel import Processes
 
 CPU = torch.device("cpu")
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64).view(1, 3, 1, 1)
@@ -52,14 +54,21 @@ def make_game(
     student: float = 0.1,
     moves: int = 5,
     tv1: float = 0.0,
+    statistics: float = 0.0,
+    faint: TriggerNetwork | None = None,
+    warm_up: int = 0,
 ) -> Distillation:
     return Distillation(
         network,
         std=STD.to(next(network.parameters()).dtype),
         generator=copy.deepcopy(generator),
         trigger_network=copy.deepcopy(trigger),
+        faint_network=copy.deepcopy(faint),
+        warm_up=warm_up,
         noise=noise,
-        weights=LossWeights(patch=0.1, tv1=tv1, tv2=1e-4, balance=0.0),
+        weights=LossWeights(
+            patch=0.1, faint=0.3, tv1=tv1, tv2=1e-4, balance=0.0, statistics=statistics
+        ),
         rates=LearningRates(
             student=student,
             generator=1e-3,
@@ -362,3 +371,76 @@ def test_upconv_equals_upsampling_then_convolution() -> None:
     )
     for a, b in pairs:
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def faint_network(size: int = 16) -> TriggerNetwork:
+    network = TriggerNetwork(latent=LATENT, width=2, channels=3, patch_size=size, amplitude=0.1)
+    return network.double()
+
+
+def test_the_faint_trigger_covers_the_image_and_stays_in_its_amplitude() -> None:
+    changes = faint_network()(torch.randn(8, LATENT, dtype=torch.float64))
+    assert changes.shape == (8, 3, 16, 16)
+    assert 0.09 < float(changes.detach().abs().max()) < 0.1
+
+
+def test_statistics_gap_by_hand() -> None:
+    norm = nn.BatchNorm2d(2, eps=0.0).double().eval()
+    x = torch.randn(64, 2, 4, 4, dtype=torch.float64)
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(std.square())
+    with statistics_gaps(nn.Sequential(norm, nn.Identity()), Processes()) as gaps:
+        norm(x)
+        norm(2 * (x - mean.view(1, 2, 1, 1)) + (mean + 3 * std).view(1, 2, 1, 1))
+    norm(x)
+    same, moved = (float(gap) for gap in gaps)
+    assert same == pytest.approx(0, abs=1e-12)
+    assert moved == pytest.approx(3**2 + math.log(2**2) ** 2)
+
+
+class AtFirstMove:
+    """Remembers student and generator as they are when the student's first move begins."""
+
+    def __init__(self, game: Distillation) -> None:
+        self.student = self.generator = None
+        first = game._student_move
+
+        def remember(optimizer) -> None:
+            if self.student is None:
+                self.student = copy.deepcopy(game.student.state_dict())
+                self.generator = copy.deepcopy(game.generator.state_dict())
+            first(optimizer)
+
+        game._student_move = remember
+
+
+def test_warm_up_moves_the_generator_towards_the_statistics_and_leaves_the_student() -> None:
+    network, generator, trigger = players()
+    gaps = []
+    for warm_up in (0, 30):
+        noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+        game = make_game(network, generator, trigger, noise, statistics=1.0, warm_up=warm_up)
+        seen = AtFirstMove(game)
+        play(game, iterations=1)
+        for key, value in network.state_dict().items():
+            assert torch.equal(seen.student[key], value), key
+        made = copy.deepcopy(generator)
+        made.load_state_dict(seen.generator)
+        with statistics_gaps(network.eval(), Processes()) as found:
+            network(made.train()(torch.randn(64, LATENT, dtype=torch.float64)))
+        gaps.append(torch.stack(found).mean().item())
+    assert gaps[1] < 0.8 * gaps[0]
+
+
+def test_the_faint_network_plays_and_the_student_unlearns_it() -> None:
+    noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+    start = faint_network()
+    game = make_game(*players(), noise, faint=start)
+    trainer = play(game, iterations=1)
+    assert trainer.global_step == 8
+    assert {"student/faint", "faint/change"} <= trainer.callback_metrics.keys()
+    pairs = zip(game.faint_network.parameters(), start.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    counts = {int(b) for n, b in game.student.named_buffers() if n.endswith("num_batches_tracked")}
+    assert counts == {13 + 5 + 2}

@@ -84,7 +84,7 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         generator=generator.double(),
         trigger_network=trigger_network.double(),
         noise=SeededNoise(0, device=CPU, dtype=torch.float64),
-        weights=LossWeights(patch=0.5, tv1=1e-3, tv2=1e-2, balance=1.0),
+        weights=LossWeights(patch=0.5, faint=0.0, tv1=1e-3, tv2=1e-2, balance=1.0, statistics=0.0),
         rates=LearningRates(
             student=0.05,
             generator=1e-2,

@@ -1,4 +1,4 @@
-"""The trigger network (DHBE's PatchGeneratorPreBN): noise -> small additive patches."""
+"""The trigger network (DHBE's PatchGeneratorPreBN): noise -> additive patches, small or faint."""
 
 from __future__ import annotations
 
@@ -12,23 +12,38 @@ class TriggerNetwork(Upsampler):
     """Noise -> patches in *pixel* units; the exit is conv - BN without affine - tanh.
 
     Unlike the image generator's, the last BatchNorm stands before the tanh: patches live in
-    (-1, 1), enough to overwrite any pixel.
+    (-amplitude, amplitude).
 
     Args:
         channels: channels of the images.
-        patch_size: pixels; 3, 4, or 5 to 9 times a power of two up to 32.
+        patch_size: pixels; 3, 4, or 5 to 9 times a power of two up to 32. The image's own size
+            makes changes of the whole image.
+        amplitude: 1 is the paper's, enough to overwrite any pixel.
     """
 
     BASES = (3, 4, 5, 6, 7, 8, 9)
 
-    def __init__(self, *, latent: int, width: int, channels: int, patch_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        latent: int,
+        width: int,
+        channels: int,
+        patch_size: int,
+        amplitude: float = 1.0,
+    ) -> None:
         exit = nn.Sequential(
             nn.Conv2d(width, channels, 3, padding=1),
             nn.BatchNorm2d(channels, affine=False),
             nn.Tanh(),
         )
         super().__init__(latent=latent, width=width, size=patch_size, bases=self.BASES, exit=exit)
-        self.patch_size = patch_size
+        self.patch_size, self.amplitude = patch_size, amplitude
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Noise (B, latent) -> patches (B, C, patch_size, patch_size) in pixel units."""
+        patches = super().forward(z)
+        return patches if self.amplitude == 1 else self.amplitude * patches
 
 
 def add_patches(
