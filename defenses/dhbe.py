@@ -17,10 +17,12 @@ from dhbe.data.splits import SIZES
 from dhbe.game import (
     Distillation,
     ImageGenerator,
+    Imagination,
     LearningRates,
     LossWeights,
     SeededNoise,
     TriggerNetwork,
+    imagine,
 )
 from dhbe.models import Normalized
 from dhbe.models.interface import channels_last
@@ -43,6 +45,8 @@ class DHBE(Defense):
         warm_up: generator moves before the first student move. Ours, as what follows.
         faint_width: of a second trigger network, which changes the whole image; 0 plays without.
         faint_amplitude: largest change of a pixel that it makes, of [0, 1].
+        imagination: images made from the suspect's statistics, of which the game has as many as
+            generated ones.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class DHBE(Defense):
         warm_up: Annotated[int, Ge(0)],
         faint_width: Annotated[int, Ge(0)],
         faint_amplitude: Annotated[float, Gt(0)],
+        imagination: Imagination,
         weights: LossWeights,
         rates: LearningRates,
     ) -> None:
@@ -69,6 +74,7 @@ class DHBE(Defense):
         self.patch_latent, self.patch_width, self.patch_size = patch_latent, patch_width, patch_size
         self.warm_up = warm_up
         self.faint_width, self.faint_amplitude = faint_width, faint_amplitude
+        self.imagination = imagination
         self.weights, self.rates = weights, rates
 
     def fits(self, spec: DataSpec) -> None:
@@ -123,12 +129,17 @@ class DHBE(Defense):
                     patch_size=network.spec.image_size,
                     amplitude=self.faint_amplitude,
                 )
+        imagined = None
+        if self.imagination.images:
+            rng = runtime.rng("imagination")
+            imagined = imagine(network, self.imagination, rng, runtime.autocast())
         game = Distillation(
             network.network,
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
             faint_network=faint_network,
+            imagined=imagined,
             noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
             processes=runtime.processes,
             weights=self.weights,

@@ -6,6 +6,7 @@ Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
 
 from dhbe.game.distillation import Distillation
 from dhbe.game.generator import ImageGenerator
+from dhbe.game.imagination import Imagination, imagine
 from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
 from dhbe.game.settings import LearningRates, LossWeights
 from dhbe.game.trigger_network import TriggerNetwork, add_patches
@@ -13,6 +14,7 @@ from dhbe.game.trigger_network import TriggerNetwork, add_patches
 __all__ = [
     "Distillation",
     "ImageGenerator",
+    "Imagination",
     "LearningRates",
     "LossWeights",
     "Noise",
@@ -20,4 +22,5 @@ __all__ = [
     "SeededNoise",
     "TriggerNetwork",
     "add_patches",
+    "imagine",
 ]

@@ -59,12 +59,15 @@ class Distillation(pl.LightningModule):
         std: per-channel deviation of the data (1, C, 1, 1): pixel units -> normalised units.
         trigger_network: None is the published control without it (data-free distillation, DFAD).
         faint_network: a second one, in the paper None.
+        imagined: normalised images (N, C, H, W) that stand for the first half of every batch but
+            the generator's own; in the paper None.
         noise: source of latents and patch places.
         epochs: length of the schedule.
         processes: that share every batch; each plays with its rows of the same noise.
     """
 
     std: Tensor
+    imagined: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Distillation(pl.LightningModule):
         generator: ImageGenerator,
         trigger_network: TriggerNetwork | None,
         faint_network: TriggerNetwork | None = None,
+        imagined: Tensor | None = None,
         noise: Noise,
         weights: LossWeights,
         rates: LearningRates,
@@ -90,6 +94,7 @@ class Distillation(pl.LightningModule):
         self.generator, self.trigger_network = generator, trigger_network
         self.faint_network = faint_network
         self.register_buffer("std", std.clone())
+        self.register_buffer("imagined", imagined, persistent=False)
         self.noise, self.weights, self.rates = noise, weights, rates
         self.batch_size, self.student_moves, self.epochs = batch_size, student_moves, epochs
         self.warm_up = warm_up
@@ -128,7 +133,7 @@ class Distillation(pl.LightningModule):
         """The student copies the teacher and unlearns what a patch changes; G and P only serve."""
         begin_step()
         with torch.no_grad():
-            x = self._images()
+            x = self._mixed()
             teacher_logits = self.teacher(x)
             attacked = {name: self._attacked(x, name) for name in self.attackers}
         student_logits = self.student(x)
@@ -189,7 +194,7 @@ class Distillation(pl.LightningModule):
         begin_step()
         with frozen(self.student):
             with torch.no_grad():
-                x = self._images()
+                x = self._mixed()
                 clean_logits = self.student(x)
             change = disagreement(clean_logits, self.student(self._attacked(x, name)))
             self._note("trigger/change" if name == "patch" else f"{name}/change", change)
@@ -198,6 +203,15 @@ class Distillation(pl.LightningModule):
     def _images(self) -> Tensor:
         images: Tensor = self.generator(self._latent(self.generator.latent))
         return images
+
+    def _mixed(self) -> Tensor:
+        """Generated images, the first half replaced by imagined ones, if there are any."""
+        x = self._images()
+        if self.imagined is None:
+            return x
+        half = len(x) // 2
+        some = self.imagined[self.noise.rows(half, len(self.imagined))]
+        return torch.cat([some, x[half:]])
 
     def _latent(self, length: int) -> Tensor:
         """The rows of a batch that this process has of latents."""
