@@ -49,6 +49,7 @@ def ours(network, generator, trigger, std, batch, device, epochs=1):
             student=0.1,
             generator=1e-3,
             trigger_network=1e-3,
+            faint=0.2,
             momentum=0.9,
             weight_decay=5e-4,
             milestones=(0.6, 0.8),

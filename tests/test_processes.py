@@ -89,6 +89,7 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
             student=0.05,
             generator=1e-2,
             trigger_network=1e-2,
+            faint=0.2,
             momentum=0.9,
             weight_decay=0.0,
             milestones=(0.5,),

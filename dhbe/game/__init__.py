@@ -9,10 +9,12 @@ from dhbe.game.generator import ImageGenerator
 from dhbe.game.imagination import Imagination, imagine
 from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
 from dhbe.game.settings import LearningRates, LossWeights
-from dhbe.game.trigger_network import TriggerNetwork, add_patches
+from dhbe.game.trigger_network import Attacker, FaintTriggers, TriggerNetwork, add_patches
 
 __all__ = [
+    "Attacker",
     "Distillation",
+    "FaintTriggers",
     "ImageGenerator",
     "Imagination",
     "LearningRates",

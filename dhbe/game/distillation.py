@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,8 +16,9 @@ from dhbe.core.errors import DivergenceError
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
 from dhbe.game.settings import LearningRates, LossWeights
+from dhbe.game.states import averaged, frozen, preserved
 from dhbe.game.statistics import statistics_gaps
-from dhbe.game.trigger_network import TriggerNetwork, add_patches
+from dhbe.game.trigger_network import FaintTriggers, TriggerNetwork
 from dhbe.methods.losses import (
     disagreement,
     imbalance,
@@ -48,8 +48,8 @@ class Distillation(pl.LightningModule):
 
     Ours, and off in the paper's game: with ``balance``, G also minimises w_balance ``imbalance`` of
     T(x), with ``statistics`` w_statistics times the mean of ``statistics_gaps`` over T's layers;
-    G's first ``warm_up`` moves come before the game and minimise all but the first term; a second
-    trigger network, faint and over the whole image, plays like P with a weight of its own.
+    G's first ``warm_up`` moves come before the game and minimise all but the first term; faint
+    triggers of the whole image play like P with a weight and a rate of their own.
 
     The teacher stays in eval mode; the others train, so the student's BatchNorm statistics follow
     clean and patched batches, which pass separately, in all moves.
@@ -58,7 +58,9 @@ class Distillation(pl.LightningModule):
         network: the suspect's network over normalised inputs; teacher and student are copies.
         std: per-channel deviation of the data (1, C, 1, 1): pixel units -> normalised units.
         trigger_network: None is the published control without it (data-free distillation, DFAD).
-        faint_network: a second one, in the paper None.
+        faint_triggers: a second attacker, in the paper None.
+        averaging: decay per iteration of an exponential average of the student, BatchNorm
+            statistics included, which is the outcome then; 0, the paper's, takes the last student.
         imagined: normalised images (N, C, H, W) that stand for the first half of every batch but
             the generator's own; in the paper None.
         noise: source of latents and patch places.
@@ -76,7 +78,7 @@ class Distillation(pl.LightningModule):
         std: Tensor,
         generator: ImageGenerator,
         trigger_network: TriggerNetwork | None,
-        faint_network: TriggerNetwork | None = None,
+        faint_triggers: FaintTriggers | None = None,
         imagined: Tensor | None = None,
         noise: Noise,
         weights: LossWeights,
@@ -85,6 +87,7 @@ class Distillation(pl.LightningModule):
         student_moves: int,
         epochs: int,
         warm_up: int = 0,
+        averaging: float = 0.0,
         processes: Processes | None = None,
     ) -> None:
         super().__init__()
@@ -92,16 +95,23 @@ class Distillation(pl.LightningModule):
         self.student = copy.deepcopy(network).requires_grad_(True)
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         self.generator, self.trigger_network = generator, trigger_network
-        self.faint_network = faint_network
+        self.faint_triggers = faint_triggers
         self.register_buffer("std", std.clone())
         self.register_buffer("imagined", imagined, persistent=False)
         self.noise, self.weights, self.rates = noise, weights, rates
         self.batch_size, self.student_moves, self.epochs = batch_size, student_moves, epochs
         self.warm_up = warm_up
+        self.average = averaged(self.student, averaging) if averaging else None
         self.processes = processes or Processes()
         self._sums: dict[str, Tensor] = {}
         self._last_good: dict[str, Any] = {}
         self.diverged_at: int | None = None
+
+    @property
+    def purified(self) -> nn.Module:
+        """The outcome: the student, or the average of its states so far."""
+        outcome: nn.Module = self.student if self.average is None else self.average.module
+        return outcome
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -109,10 +119,10 @@ class Distillation(pl.LightningModule):
         return [self.student, self.teacher, self.generator, *self.attackers.values()]
 
     @property
-    def attackers(self) -> dict[str, TriggerNetwork]:
-        """The trigger networks in play, by the names of their weights."""
-        found = {"patch": self.trigger_network, "faint": self.faint_network}
-        return {name: network for name, network in found.items() if network is not None}
+    def attackers(self) -> dict[str, TriggerNetwork | FaintTriggers]:
+        """Those in play, by the names of their weights."""
+        found = {"patch": self.trigger_network, "faint": self.faint_triggers}
+        return {name: attacker for name, attacker in found.items() if attacker is not None}
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -128,6 +138,8 @@ class Distillation(pl.LightningModule):
         self._generator_move(generator)
         for name, optimizer in zip(self.attackers, attackers, strict=True):
             self._trigger_move(optimizer, name)
+        if self.average is not None:
+            self.average.update_parameters(self.student)
 
     def _student_move(self, optimizer: torch.optim.Optimizer) -> None:
         """The student copies the teacher and unlearns what a patch changes; G and P only serve."""
@@ -219,11 +231,9 @@ class Distillation(pl.LightningModule):
         return drawn[self.processes.rows(self.batch_size)]
 
     def _attacked(self, x: Tensor, name: str) -> Tensor:
-        """``x`` with fresh patches of this attacker at a fresh place."""
-        network = self.attackers[name]
-        patches = network(self._latent(network.latent))
-        left, top = self.noise.place(x.shape[-1] - network.patch_size)
-        return add_patches(x, patches, self.std, left, top)
+        """``x`` as this attacker changes it."""
+        attacker = self.attackers[name]
+        return attacker.perturb(x, self.std, self._latent, self.noise.place)
 
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -250,9 +260,9 @@ class Distillation(pl.LightningModule):
             student,
             torch.optim.Adam(self.generator.parameters(), lr=r.generator, fused=True),
         ]
-        for network in self.attackers.values():
-            adam = torch.optim.Adam(network.parameters(), lr=r.trigger_network, fused=True)
-            optimizers.append(adam)
+        for name, attacker in self.attackers.items():
+            rate = r.trigger_network if name == "patch" else r.faint
+            optimizers.append(torch.optim.Adam(attacker.parameters(), lr=rate, fused=True))
         milestones = [max(1, int(m * self.epochs)) for m in r.milestones]
         return optimizers, [MultiStepLR(o, milestones, r.decay) for o in optimizers]
 
@@ -289,9 +299,10 @@ class Distillation(pl.LightningModule):
         Raises:
             DivergenceError: the first epoch already diverged, so there is no good student.
         """
-        weights = torch.stack([p.abs().max() for p in self.student.state_dict().values()])
+        state = self.purified.state_dict()
+        weights = torch.stack([p.abs().max() for p in state.values()])
         if all(m.isfinite() for m in means.values()) and weights.isfinite().all():
-            self._last_good = copy.deepcopy(self.student.state_dict())
+            self._last_good = copy.deepcopy(state)
             return True
         self.diverged_at = self.current_epoch
         names = [n for n, m in means.items() if not m.isfinite()] or ["student weights"]
@@ -300,7 +311,7 @@ class Distillation(pl.LightningModule):
         if not self._last_good:
             raise DivergenceError(f"{message}; {remedy}")
         log.warning("%s; the student of the epoch before is used; %s", message, remedy)
-        self.student.load_state_dict(self._last_good)
+        self.purified.load_state_dict(self._last_good)
         self.trainer.should_stop = True
         return False
 
@@ -326,24 +337,3 @@ class Distillation(pl.LightningModule):
             with eager(), preserved(self.trigger_network):
                 patches = self.trigger_network(noise.latent(count, self.trigger_network.latent))
         return images, patches
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients pass through the network, but none are computed for its weights."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
-@contextmanager
-def preserved(network: nn.Module) -> Iterator[None]:
-    """Restore all buffers (BatchNorm statistics) on exit."""
-    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, buffer in network.named_buffers():
-            buffer.copy_(kept[name])

@@ -11,7 +11,7 @@ class LossWeights:
 
     The others are ours, 0 in the paper's game. ``balance`` keeps the generator from images that the
     teacher all puts into one class, ``statistics`` from images that its BatchNorms do not expect;
-    ``faint`` is to the faint trigger network what ``patch`` is to the other one.
+    ``faint`` is to the faint triggers what ``patch`` is to the trigger network's patches.
     """
 
     patch: float
@@ -29,6 +29,8 @@ class LearningRates:
     student: float
     generator: float
     trigger_network: float
+    faint: float
+    """Of the faint triggers."""
     momentum: float
     weight_decay: float
     milestones: tuple[float, ...]

@@ -1,49 +1,82 @@
-"""The trigger network (DHBE's PatchGeneratorPreBN): noise -> additive patches, small or faint."""
+"""The attackers: DHBE's trigger network (PatchGeneratorPreBN) for patches, and faint triggers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dhbe.game.generator import Upsampler
+from dhbe.game.noise import Place
+
+Latents = Callable[[int], Tensor]
+"""Length -> standard normal latents (B, length) for a batch."""
+Places = Callable[[int], Place]
+"""Free pixels -> the place of a patch."""
+
+
+class Attacker(Protocol):
+    """A player that changes images so that the student's logits move."""
+
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+        """Changed images (B, C, H, W), normalised by deviations ``std`` (1, C, 1, 1)."""
 
 
 class TriggerNetwork(Upsampler):
     """Noise -> patches in *pixel* units; the exit is conv - BN without affine - tanh.
 
     Unlike the image generator's, the last BatchNorm stands before the tanh: patches live in
-    (-amplitude, amplitude).
+    (-1, 1), enough to overwrite any pixel.
 
     Args:
         channels: channels of the images.
-        patch_size: pixels; 3, 4, or 5 to 9 times a power of two up to 32. The image's own size
-            makes changes of the whole image.
-        amplitude: 1 is the paper's, enough to overwrite any pixel.
+        patch_size: pixels; 3, 4, or 5 to 9 times a power of two up to 32.
     """
 
     BASES = (3, 4, 5, 6, 7, 8, 9)
 
-    def __init__(
-        self,
-        *,
-        latent: int,
-        width: int,
-        channels: int,
-        patch_size: int,
-        amplitude: float = 1.0,
-    ) -> None:
+    def __init__(self, *, latent: int, width: int, channels: int, patch_size: int) -> None:
         exit = nn.Sequential(
             nn.Conv2d(width, channels, 3, padding=1),
             nn.BatchNorm2d(channels, affine=False),
             nn.Tanh(),
         )
         super().__init__(latent=latent, width=width, size=patch_size, bases=self.BASES, exit=exit)
-        self.patch_size, self.amplitude = patch_size, amplitude
+        self.patch_size = patch_size
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Noise (B, latent) -> patches (B, C, patch_size, patch_size) in pixel units."""
-        patches = super().forward(z)
-        return patches if self.amplitude == 1 else self.amplitude * patches
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+        """Normalised images with fresh patches at a fresh place."""
+        patches = self(latents(self.latent))
+        return add_patches(x_norm, patches, std, *place(x_norm.shape[-1] - self.patch_size))
+
+
+class FaintTriggers(nn.Module):
+    """Universal changes of the whole image, in pixel units and in (-amplitude, amplitude).
+
+    Ours. Unlike a network's, their pixels are free of each other, as those of a noise trigger are.
+
+    Args:
+        count: how many; the images of a batch take turns.
+        amplitude: of 1, the range of pixels.
+    """
+
+    def __init__(self, *, count: int, channels: int, image_size: int, amplitude: float) -> None:
+        super().__init__()
+        start = 0.1 * torch.randn(count, channels, image_size, image_size)
+        self.logits, self.amplitude = nn.Parameter(start), amplitude
+
+    def forward(self) -> Tensor:
+        """The changes (count, C, H, W) in pixel units."""
+        return self.amplitude * torch.tanh(self.logits)
+
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+        """Normalised images, each with one of the changes added, not clipped; nothing is drawn."""
+        del latents, place
+        turns = torch.arange(len(x_norm), device=x_norm.device) % len(self.logits)
+        changed: Tensor = x_norm + (self() / std)[turns]
+        return changed
 
 
 def add_patches(
