@@ -149,7 +149,7 @@ VICTIMS = {
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),
     "clean": Victim(None, -1, BASE),
 }
-"""The first two chose the setting; the others are for the report."""
+"""The first three chose the setting; the others are for the report."""
 
 
 def images(part: str) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("victims", nargs="+", choices=VICTIMS)
-    parser.add_argument("--defenses", nargs="+", default=["imagined_unlearning"])
+    parser.add_argument("--defenses", nargs="+", default=["dhbe_guided"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--images", type=int, default=10_000, help="of the test part")
     parser.add_argument("--folder", type=Path, default=Path("victims_real"))

@@ -18,12 +18,10 @@ from dhbe.game import (
     Distillation,
     FaintTriggers,
     ImageGenerator,
-    Imagination,
     LearningRates,
     LossWeights,
     SeededNoise,
     TriggerNetwork,
-    imagine,
 )
 from dhbe.models import Normalized
 from dhbe.models.interface import channels_last
@@ -46,11 +44,10 @@ class DHBE(Defense):
         warm_up: generator moves before the first student move. Ours, as what follows.
         averaging: decay per iteration of the student's average, which is the result then; 0 takes
             the last student.
-        faint_triggers: how many universal changes of the whole image attack beside the trigger
-            network.
+        faint_triggers: how many universal changes of the whole image attack beside the patches,
+            together with a second trigger network; 0 plays without both.
+        faint_width: of that network.
         faint_amplitude: the largest change of a pixel that they make, of [0, 1].
-        imagination: images made from the suspect's statistics, of which the game has as many as
-            generated ones.
     """
 
     def __init__(
@@ -68,8 +65,8 @@ class DHBE(Defense):
         warm_up: Annotated[int, Ge(0)],
         averaging: Annotated[float, Ge(0), Lt(1)],
         faint_triggers: Annotated[int, Ge(0)],
+        faint_width: Annotated[int, Ge(1)],
         faint_amplitude: Annotated[float, Gt(0)],
-        imagination: Imagination,
         weights: LossWeights,
         rates: LearningRates,
     ) -> None:
@@ -78,8 +75,8 @@ class DHBE(Defense):
         self.latent, self.width = latent, width
         self.patch_latent, self.patch_width, self.patch_size = patch_latent, patch_width, patch_size
         self.warm_up, self.averaging = warm_up, averaging
-        self.faint_triggers, self.faint_amplitude = faint_triggers, faint_amplitude
-        self.imagination = imagination
+        self.faint_triggers, self.faint_width = faint_triggers, faint_width
+        self.faint_amplitude = faint_amplitude
         self.weights, self.rates = weights, rates
 
     def fits(self, spec: DataSpec) -> None:
@@ -129,21 +126,18 @@ class DHBE(Defense):
             if self.faint_triggers:
                 faint_triggers = FaintTriggers(
                     count=self.faint_triggers,
+                    latent=self.patch_latent,
+                    width=self.faint_width,
                     channels=channels,
                     image_size=network.spec.image_size,
                     amplitude=self.faint_amplitude,
                 )
-        imagined = None
-        if self.imagination.images:
-            rng = runtime.rng("imagination")
-            imagined = imagine(network, self.imagination, rng, runtime.autocast())
         game = Distillation(
             network.network,
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
             faint_triggers=faint_triggers,
-            imagined=imagined,
             noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
             processes=runtime.processes,
             weights=self.weights,

@@ -6,7 +6,6 @@ Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
 
 from dhbe.game.distillation import Distillation
 from dhbe.game.generator import ImageGenerator
-from dhbe.game.imagination import Imagination, imagine
 from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
 from dhbe.game.settings import LearningRates, LossWeights
 from dhbe.game.trigger_network import Attacker, FaintTriggers, TriggerNetwork, add_patches
@@ -16,7 +15,6 @@ __all__ = [
     "Distillation",
     "FaintTriggers",
     "ImageGenerator",
-    "Imagination",
     "LearningRates",
     "LossWeights",
     "Noise",
@@ -24,5 +22,4 @@ __all__ = [
     "SeededNoise",
     "TriggerNetwork",
     "add_patches",
-    "imagine",
 ]

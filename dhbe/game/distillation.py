@@ -61,15 +61,12 @@ class Distillation(pl.LightningModule):
         faint_triggers: a second attacker, in the paper None.
         averaging: decay per iteration of an exponential average of the student, BatchNorm
             statistics included, which is the outcome then; 0, the paper's, takes the last student.
-        imagined: normalised images (N, C, H, W) that stand for the first half of every batch but
-            the generator's own; in the paper None.
         noise: source of latents and patch places.
         epochs: length of the schedule.
         processes: that share every batch; each plays with its rows of the same noise.
     """
 
     std: Tensor
-    imagined: Tensor | None
 
     def __init__(
         self,
@@ -79,7 +76,6 @@ class Distillation(pl.LightningModule):
         generator: ImageGenerator,
         trigger_network: TriggerNetwork | None,
         faint_triggers: FaintTriggers | None = None,
-        imagined: Tensor | None = None,
         noise: Noise,
         weights: LossWeights,
         rates: LearningRates,
@@ -97,7 +93,6 @@ class Distillation(pl.LightningModule):
         self.generator, self.trigger_network = generator, trigger_network
         self.faint_triggers = faint_triggers
         self.register_buffer("std", std.clone())
-        self.register_buffer("imagined", imagined, persistent=False)
         self.noise, self.weights, self.rates = noise, weights, rates
         self.batch_size, self.student_moves, self.epochs = batch_size, student_moves, epochs
         self.warm_up = warm_up
@@ -145,7 +140,7 @@ class Distillation(pl.LightningModule):
         """The student copies the teacher and unlearns what a patch changes; G and P only serve."""
         begin_step()
         with torch.no_grad():
-            x = self._mixed()
+            x = self._images()
             teacher_logits = self.teacher(x)
             attacked = {name: self._attacked(x, name) for name in self.attackers}
         student_logits = self.student(x)
@@ -206,7 +201,7 @@ class Distillation(pl.LightningModule):
         begin_step()
         with frozen(self.student):
             with torch.no_grad():
-                x = self._mixed()
+                x = self._images()
                 clean_logits = self.student(x)
             change = disagreement(clean_logits, self.student(self._attacked(x, name)))
             self._note("trigger/change" if name == "patch" else f"{name}/change", change)
@@ -215,15 +210,6 @@ class Distillation(pl.LightningModule):
     def _images(self) -> Tensor:
         images: Tensor = self.generator(self._latent(self.generator.latent))
         return images
-
-    def _mixed(self) -> Tensor:
-        """Generated images, the first half replaced by imagined ones, if there are any."""
-        x = self._images()
-        if self.imagined is None:
-            return x
-        half = len(x) // 2
-        some = self.imagined[self.noise.rows(half, len(self.imagined))]
-        return torch.cat([some, x[half:]])
 
     def _latent(self, length: int) -> Tensor:
         """The rows of a batch that this process has of latents."""
@@ -260,9 +246,13 @@ class Distillation(pl.LightningModule):
             student,
             torch.optim.Adam(self.generator.parameters(), lr=r.generator, fused=True),
         ]
-        for name, attacker in self.attackers.items():
-            rate = r.trigger_network if name == "patch" else r.faint
-            optimizers.append(torch.optim.Adam(attacker.parameters(), lr=rate, fused=True))
+        if self.trigger_network is not None:
+            parameters = self.trigger_network.parameters()
+            optimizers.append(torch.optim.Adam(parameters, lr=r.trigger_network, fused=True))
+        if self.faint_triggers is not None:
+            network, free = self.faint_triggers.network.parameters(), [self.faint_triggers.free]
+            groups: list[dict[str, Any]] = [{"params": network}, {"params": free, "lr": r.faint}]
+            optimizers.append(torch.optim.Adam(groups, lr=r.trigger_network, fused=True))
         milestones = [max(1, int(m * self.epochs)) for m in r.milestones]
         return optimizers, [MultiStepLR(o, milestones, r.decay) for o in optimizers]
 

@@ -30,10 +30,6 @@ class Noise(ABC):
     def place(self, free: int) -> Place:
         """(left, top) of the patch, each uniform in 0..free, one place for the whole batch."""
 
-    def rows(self, count: int, of: int) -> Tensor:
-        """``count`` indices, each uniform in 0..of-1."""
-        raise NotImplementedError
-
     def set_epoch(self, epoch: int) -> None:
         """Called when an epoch begins."""
         del epoch
@@ -64,9 +60,6 @@ class SeededNoise(Noise):
     def place(self, free: int) -> Place:
         left, top = torch.randint(free + 1, (2,), generator=self.places, device=self.device)
         return left, top
-
-    def rows(self, count: int, of: int) -> Tensor:
-        return torch.randint(of, (count,), generator=self.places, device=self.device)
 
 
 class ScriptedNoise(Noise):

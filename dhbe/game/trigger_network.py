@@ -53,29 +53,47 @@ class TriggerNetwork(Upsampler):
 
 
 class FaintTriggers(nn.Module):
-    """Universal changes of the whole image, in pixel units and in (-amplitude, amplitude).
+    """Changes of the whole image within (-amplitude, amplitude), in pixel units. Ours.
 
-    Ours. Unlike a network's, their pixels are free of each other, as those of a noise trigger are.
+    Half of a batch meets what a trigger network draws, which is smooth and differs from image to
+    image, as waves and warps are; the other half a few universal changes whose pixels are free of
+    each other, as those of a noise trigger.
 
     Args:
-        count: how many; the images of a batch take turns.
+        count: of the universal changes; images take turns.
+        latent, width: of the network.
+        image_size: pixels, 3, 4, or 5 to 9 times a power of two up to 32.
         amplitude: of 1, the range of pixels.
     """
 
-    def __init__(self, *, count: int, channels: int, image_size: int, amplitude: float) -> None:
+    def __init__(
+        self,
+        *,
+        count: int,
+        latent: int,
+        width: int,
+        channels: int,
+        image_size: int,
+        amplitude: float,
+    ) -> None:
         super().__init__()
-        start = 0.1 * torch.randn(count, channels, image_size, image_size)
-        self.logits, self.amplitude = nn.Parameter(start), amplitude
+        self.network = TriggerNetwork(
+            latent=latent, width=width, channels=channels, patch_size=image_size
+        )
+        self.free = nn.Parameter(0.1 * torch.randn(count, channels, image_size, image_size))
+        self.amplitude = amplitude
 
-    def forward(self) -> Tensor:
-        """The changes (count, C, H, W) in pixel units."""
-        return self.amplitude * torch.tanh(self.logits)
+    def forward(self, z: Tensor) -> Tensor:
+        """Noise (B, latent) -> changes (B, C, H, W), the first half of them drawn from it."""
+        half = len(z) // 2
+        turns = torch.arange(len(z) - half, device=z.device) % len(self.free)
+        changes = torch.cat([self.network(z[:half]), torch.tanh(self.free)[turns]])
+        return self.amplitude * changes
 
     def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
-        """Normalised images, each with one of the changes added, not clipped; nothing is drawn."""
-        del latents, place
-        turns = torch.arange(len(x_norm), device=x_norm.device) % len(self.logits)
-        changed: Tensor = x_norm + (self() / std)[turns]
+        """Normalised images with a change added to each, not clipped."""
+        del place
+        changed: Tensor = x_norm + self(latents(self.network.latent)) / std
         return changed
 
 
