@@ -55,9 +55,9 @@ class TriggerNetwork(Upsampler):
 class FaintTriggers(nn.Module):
     """Changes of the whole image within (-amplitude, amplitude), in pixel units. Ours.
 
-    Half of a batch meets what a trigger network draws, which is smooth and differs from image to
-    image, as waves and warps are; the other half a few universal changes whose pixels are free of
-    each other, as those of a noise trigger.
+    Every other image meets what a trigger network draws, which is smooth and differs from image to
+    image; the rest meet a few universal changes whose pixels are free of each other, as those of a
+    noise trigger are.
 
     Args:
         count: of the universal changes; images take turns.
@@ -84,11 +84,12 @@ class FaintTriggers(nn.Module):
         self.amplitude = amplitude
 
     def forward(self, z: Tensor) -> Tensor:
-        """Noise (B, latent) -> changes (B, C, H, W), the first half of them drawn from it."""
-        half = len(z) // 2
-        turns = torch.arange(len(z) - half, device=z.device) % len(self.free)
-        changes = torch.cat([self.network(z[:half]), torch.tanh(self.free)[turns]])
-        return self.amplitude * changes
+        """Noise (B, latent) -> changes (B, C, H, W), those at even places drawn from it."""
+        rows = torch.arange(len(z), device=z.device)
+        turns = torch.arange(len(z) // 2, device=z.device) % len(self.free)
+        changes = torch.cat([self.network(z[::2]), torch.tanh(self.free)[turns]])
+        places = torch.cat([rows[::2], rows[1::2]])  # the same for each part of a divided batch
+        return self.amplitude * changes[places.argsort()]
 
     def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
         """Normalised images with a change added to each, not clipped."""
