@@ -44,11 +44,12 @@ def ours(network, generator, trigger, std, batch, device, epochs=1):
         generator=generator,
         trigger_network=trigger,
         noise=SeededNoise(0, device=device, dtype=torch.float32),
-        weights=LossWeights(patch=0.1, tv1=0.0, tv2=1e-4, balance=0.0),
+        weights=LossWeights(patch=0.1, faint=0.0, tv1=0.0, tv2=1e-4, balance=0.0, statistics=0.0),
         rates=LearningRates(
             student=0.1,
             generator=1e-3,
             trigger_network=1e-3,
+            faint=0.2,
             momentum=0.9,
             weight_decay=5e-4,
             milestones=(0.6, 0.8),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import pytorch_lightning as pl
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import got
@@ -16,6 +16,7 @@ from dhbe.data.natural import natural_inputs
 from dhbe.data.splits import SIZES
 from dhbe.game import (
     Distillation,
+    FaintTriggers,
     ImageGenerator,
     LearningRates,
     LossWeights,
@@ -40,6 +41,13 @@ class DHBE(Defense):
         latent, width: noise length and width of the image generator.
         patch_latent, patch_width: of the trigger network.
         patch_size: pixels of the trigger network's patch; 0 plays without trigger network.
+        warm_up: generator moves before the first student move. Ours, as what follows.
+        averaging: decay per iteration of the student's average, which is the result then; 0 takes
+            the last student.
+        faint_triggers: how many universal changes of the whole image attack beside the patches,
+            together with a second trigger network; 0 plays without both.
+        faint_width: of that network.
+        faint_amplitude: the largest change of a pixel that they make, of [0, 1].
     """
 
     def __init__(
@@ -54,6 +62,11 @@ class DHBE(Defense):
         patch_latent: Annotated[int, Ge(1)],
         patch_width: Annotated[int, Ge(1)],
         patch_size: Annotated[int, Ge(0)],
+        warm_up: Annotated[int, Ge(0)],
+        averaging: Annotated[float, Ge(0), Lt(1)],
+        faint_triggers: Annotated[int, Ge(0)],
+        faint_width: Annotated[int, Ge(1)],
+        faint_amplitude: Annotated[float, Gt(0)],
         weights: LossWeights,
         rates: LearningRates,
     ) -> None:
@@ -61,6 +74,9 @@ class DHBE(Defense):
         self.batch_size, self.student_moves = batch_size, student_moves
         self.latent, self.width = latent, width
         self.patch_latent, self.patch_width, self.patch_size = patch_latent, patch_width, patch_size
+        self.warm_up, self.averaging = warm_up, averaging
+        self.faint_triggers, self.faint_width = faint_triggers, faint_width
+        self.faint_amplitude = faint_amplitude
         self.weights, self.rates = weights, rates
 
     def fits(self, spec: DataSpec) -> None:
@@ -85,7 +101,7 @@ class DHBE(Defense):
             runtime.recorder.notes.append(
                 f"the game diverged in epoch {game.diverged_at}; the student before it is kept"
             )
-        network.network = game.student
+        network.network = game.purified
         return network
 
     def game(self, network: Normalized, runtime: Runtime) -> Distillation:
@@ -99,7 +115,7 @@ class DHBE(Defense):
                 image_size=network.spec.image_size,
                 statistics=natural_inputs(network.spec),
             )
-            trigger_network = None
+            trigger_network = faint_triggers = None
             if self.patch_size:
                 trigger_network = TriggerNetwork(
                     latent=self.patch_latent,
@@ -107,11 +123,21 @@ class DHBE(Defense):
                     channels=channels,
                     patch_size=self.patch_size,
                 )
+            if self.faint_triggers:
+                faint_triggers = FaintTriggers(
+                    count=self.faint_triggers,
+                    latent=self.patch_latent,
+                    width=self.faint_width,
+                    channels=channels,
+                    image_size=network.spec.image_size,
+                    amplitude=self.faint_amplitude,
+                )
         game = Distillation(
             network.network,
             std=network.std,
             generator=generator,
             trigger_network=trigger_network,
+            faint_triggers=faint_triggers,
             noise=SeededNoise(runtime.derive("noise"), device=runtime.device, dtype=runtime.dtype),
             processes=runtime.processes,
             weights=self.weights,
@@ -119,6 +145,8 @@ class DHBE(Defense):
             batch_size=self.batch_size,
             student_moves=self.student_moves,
             epochs=self.epochs,
+            warm_up=self.warm_up,
+            averaging=self.averaging,
         )
         return channels_last(game.to(runtime.device, runtime.dtype))
 
@@ -138,7 +166,7 @@ class Gallery(pl.Callback):
         recorder, epoch = self.runtime.recorder, trainer.current_epoch
         if not recorder.due(epoch, pl_module.epochs):
             return
-        recorder.observe(self.network.around(pl_module.student), epoch)
+        recorder.observe(self.network.around(pl_module.purified), epoch)
         self.noise.set_epoch(0)  # the same latents every time: the pictures show the players change
         images, patches = pl_module.sample(PICTURES, self.noise)
         recorder.picture(f"generated_{epoch + 1:04d}", self.network.denormalize(images))

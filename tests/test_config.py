@@ -60,9 +60,11 @@ def test_the_published_constants() -> None:
     assert dhbe["weights"] == {
         "_target_": "dhbe.game.LossWeights",
         "patch": 0.1,
+        "faint": 0.0,
         "tv1": 0.0,
         "tv2": 1e-4,
         "balance": 0.0,
+        "statistics": 0.0,
     }
     assert dhbe["rates"]["student"] == 0.1
     assert dhbe["rates"]["milestones"] == [0.6, 0.8]

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dhbe.core.errors import DivergenceError
 from dhbe.game import (
     Distillation,
+    FaintTriggers,
     ImageGenerator,
     Noise,
     ScriptedNoise,
@@ -22,7 +23,9 @@ from dhbe.game import (
     add_patches,
 )
 from dhbe.game.generator import UpConv
+from dhbe.game.statistics import statistics_gaps
 from dhbe.methods.losses import imbalance, mean_prediction, total_variation_l1, total_variation_l2
+from dhbe.training.parallel import Processes
 from tests.support.game import BATCH, CPU, LATENT, STD, assert_same, make_game, play, players
 from tests.support.literal import LiteralGame, literal_copy, upsample_then_convolve
 
@@ -293,3 +296,103 @@ def test_upconv_equals_upsampling_then_convolution() -> None:
     )
     for a, b in pairs:
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def faint_triggers() -> FaintTriggers:
+    return FaintTriggers(
+        count=2, latent=LATENT, width=2, channels=3, image_size=16, amplitude=0.1
+    ).double()
+
+
+def test_faint_triggers_stay_in_their_amplitude_and_half_of_them_are_universal() -> None:
+    attacker = faint_triggers()
+    attacker.free.data.mul_(1000)
+    x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+    moved = attacker.perturb(x, STD, lambda length: noise.latent(8, length), noise.place)
+    change = ((moved - x) * STD).detach()
+    torch.testing.assert_close(change[1:4:2], change[5::2])  # the images take turns
+    for a, b in ((0, 4), (1, 3)):
+        assert float((change[a] - change[b]).abs().max()) > 0.05
+    for half in (change[::2], change[1::2]):
+        assert 0.09 < float(half.abs().max()) <= 0.1 + 1e-12
+
+
+def test_statistics_gap_by_hand() -> None:
+    norm = nn.BatchNorm2d(2, eps=0.0).double().eval()
+    x = torch.randn(64, 2, 4, 4, dtype=torch.float64)
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(std.square())
+    with statistics_gaps(nn.Sequential(norm, nn.Identity()), Processes()) as gaps:
+        norm(x)
+        norm(2 * (x - mean.view(1, 2, 1, 1)) + (mean + 3 * std).view(1, 2, 1, 1))
+    norm(x)
+    same, moved = (float(gap) for gap in gaps)
+    assert same == pytest.approx(0, abs=1e-12)
+    assert moved == pytest.approx(3**2 + math.log(2**2) ** 2)
+
+
+class AtFirstMove:
+    """Remembers student and generator as they are when the student's first move begins."""
+
+    def __init__(self, game: Distillation) -> None:
+        self.student = self.generator = None
+        first = game._student_move
+
+        def remember(optimizer) -> None:
+            if self.student is None:
+                self.student = copy.deepcopy(game.student.state_dict())
+                self.generator = copy.deepcopy(game.generator.state_dict())
+            first(optimizer)
+
+        game._student_move = remember
+
+
+def test_warm_up_moves_the_generator_towards_the_statistics_and_leaves_the_student() -> None:
+    network, generator, trigger = players()
+    judge, gaps = copy.deepcopy(network).eval(), []
+    for warm_up in (0, 30):
+        noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+        game = make_game(network, generator, trigger, noise, statistics=1.0, warm_up=warm_up)
+        seen = AtFirstMove(game)
+        play(game, iterations=1)
+        for key, value in network.state_dict().items():
+            assert torch.equal(seen.student[key], value), key
+        made = copy.deepcopy(generator)
+        made.load_state_dict(seen.generator)
+        with statistics_gaps(judge, Processes()) as found:
+            judge(made.train()(torch.randn(64, LATENT, dtype=torch.float64)))
+        gaps.append(torch.stack(found).mean().item())
+    assert gaps[1] < 0.9 * gaps[0]
+
+
+def test_faint_triggers_play_and_the_student_unlearns_them() -> None:
+    noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+    start = faint_triggers()
+    game = make_game(*players(), noise, faint=start)
+    trainer = play(game, iterations=1)
+    assert trainer.global_step == 8
+    assert {"student/faint", "faint/change"} <= trainer.callback_metrics.keys()
+    pairs = zip(game.faint_triggers.parameters(), start.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    counts = {int(b) for n, b in game.student.named_buffers() if n.endswith("num_batches_tracked")}
+    assert counts == {13 + 5 + 2}
+
+
+def test_the_average_follows_the_student_with_its_statistics() -> None:
+    states = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, game, *_) -> None:
+            states.append(copy.deepcopy(game.student.state_dict()))
+
+    noise = SeededNoise(0, device=CPU, dtype=torch.float64)
+    game = make_game(*players(), noise, averaging=0.75, moves=1)
+    play(game, iterations=3, callbacks=[Keep()])
+    found = game.purified.state_dict()
+    assert game.purified is not game.student
+    for key in found:
+        if found[key].is_floating_point():
+            a, b, c = (state[key] for state in states)
+            torch.testing.assert_close(found[key], 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c)

@@ -21,6 +21,7 @@ from dhbe.data import Resident, TrainingBatches
 from dhbe.experiment.pipeline import run
 from dhbe.game import (
     Distillation,
+    FaintTriggers,
     ImageGenerator,
     LearningRates,
     LossWeights,
@@ -78,17 +79,22 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
     with fork(1):
         generator = ImageGenerator(latent=8, width=4, channels=3, image_size=20)
         trigger_network = TriggerNetwork(latent=8, width=4, channels=3, patch_size=3)
+        faint_triggers = FaintTriggers(
+            count=2, latent=8, width=4, channels=3, image_size=20, amplitude=0.1
+        )
     game = Distillation(
         net.network,
         std=net.std,
         generator=generator.double(),
         trigger_network=trigger_network.double(),
+        faint_triggers=faint_triggers.double(),
         noise=SeededNoise(0, device=CPU, dtype=torch.float64),
-        weights=LossWeights(patch=0.5, tv1=1e-3, tv2=1e-2, balance=1.0),
+        weights=LossWeights(patch=0.5, faint=0.2, tv1=1e-3, tv2=1e-2, balance=1.0, statistics=0.5),
         rates=LearningRates(
             student=0.05,
             generator=1e-2,
             trigger_network=1e-2,
+            faint=0.2,
             momentum=0.9,
             weight_decay=0.0,
             milestones=(0.5,),
@@ -97,13 +103,15 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         batch_size=8,
         student_moves=2,
         epochs=2,
+        warm_up=2,
+        averaging=0.5,
     )
     for name, what, source in (("victim", module, batches), ("game", game, range(2))):
         recorder = Recorder()
         runtime = Runtime(trainer_config=config, seed=0, workdir=folder / name, recorder=recorder)
         runtime.fit(what, source, epochs=2)
         rows += recorder.rows
-    return rows, game.student.state_dict()
+    return rows, game.purified.state_dict()
 
 
 def worker(rank: int, port: int, folder: Path) -> None:

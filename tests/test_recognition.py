@@ -32,7 +32,13 @@ HELD = os.environ.get("DHBE_CHECKPOINTS", "")
 needs_checkpoints = pytest.mark.skipif(
     not HELD, reason="set DHBE_CHECKPOINTS to the folder with others' checkpoints"
 )
-GAME = ("defense.epochs=1", "defense.iterations=1", "defense.batch_size=8", "trainer.threads=1")
+GAME = (
+    "defense.epochs=1",
+    "defense.iterations=1",
+    "defense.warm_up=1",
+    "defense.batch_size=8",
+    "trainer.threads=1",
+)
 NARROW = ("defense.width=4", "defense.patch_width=4")
 
 

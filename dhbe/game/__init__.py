@@ -4,13 +4,16 @@ Source: Yan et al., "DHBE: Data-free Holistic Backdoor Erasing in Deep Neural Ne
 Restricted Adversarial Distillation", AsiaCCS 2023, arXiv 2306.08009.
 """
 
-from dhbe.game.distillation import Distillation, LearningRates, LossWeights
+from dhbe.game.distillation import Distillation
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise, ScriptedNoise, SeededNoise
-from dhbe.game.trigger_network import TriggerNetwork, add_patches
+from dhbe.game.settings import LearningRates, LossWeights
+from dhbe.game.trigger_network import Attacker, FaintTriggers, TriggerNetwork, add_patches
 
 __all__ = [
+    "Attacker",
     "Distillation",
+    "FaintTriggers",
     "ImageGenerator",
     "LearningRates",
     "LossWeights",

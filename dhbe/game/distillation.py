@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,7 +15,10 @@ from torch.optim.lr_scheduler import MultiStepLR
 from dhbe.core.errors import DivergenceError
 from dhbe.game.generator import ImageGenerator
 from dhbe.game.noise import Noise
-from dhbe.game.trigger_network import TriggerNetwork, add_patches
+from dhbe.game.settings import LearningRates, LossWeights
+from dhbe.game.states import averaged, frozen, preserved
+from dhbe.game.statistics import statistics_gaps
+from dhbe.game.trigger_network import FaintTriggers, TriggerNetwork
 from dhbe.methods.losses import (
     disagreement,
     imbalance,
@@ -29,34 +30,6 @@ from dhbe.training.compile import begin_step, eager
 from dhbe.training.parallel import Processes
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the losses: lambda_d1, lambda_tv1 and lambda_tv2 of the published code.
-
-    ``balance`` is ours, 0 in the paper's game: it keeps the generator from images that the teacher
-    all puts into one class.
-    """
-
-    patch: float
-    tv1: float
-    tv2: float
-    balance: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningRates:
-    """Learning rates, and the schedule they share."""
-
-    student: float
-    generator: float
-    trigger_network: float
-    momentum: float
-    weight_decay: float
-    milestones: tuple[float, ...]
-    """Fractions of the epochs after which all rates are multiplied by ``decay``."""
-    decay: float
 
 
 class Distillation(pl.LightningModule):
@@ -73,7 +46,10 @@ class Distillation(pl.LightningModule):
     P       -L1(S(x), S(x'))                               Adam, 1 move
     ======= ============================================== =====================
 
-    With ``balance``, G also minimises w_balance ``imbalance`` of T(x).
+    Ours, and off in the paper's game: with ``balance``, G also minimises w_balance ``imbalance`` of
+    T(x), with ``statistics`` w_statistics times the mean of ``statistics_gaps`` over T's layers;
+    G's first ``warm_up`` moves come before the game and minimise all but the first term; faint
+    triggers of the whole image play like P with a weight and a rate of their own.
 
     The teacher stays in eval mode; the others train, so the student's BatchNorm statistics follow
     clean and patched batches, which pass separately, in all moves.
@@ -82,6 +58,9 @@ class Distillation(pl.LightningModule):
         network: the suspect's network over normalised inputs; teacher and student are copies.
         std: per-channel deviation of the data (1, C, 1, 1): pixel units -> normalised units.
         trigger_network: None is the published control without it (data-free distillation, DFAD).
+        faint_triggers: a second attacker, in the paper None.
+        averaging: decay per iteration of an exponential average of the student, BatchNorm
+            statistics included, which is the outcome then; 0, the paper's, takes the last student.
         noise: source of latents and patch places.
         epochs: length of the schedule.
         processes: that share every batch; each plays with its rows of the same noise.
@@ -96,12 +75,15 @@ class Distillation(pl.LightningModule):
         std: Tensor,
         generator: ImageGenerator,
         trigger_network: TriggerNetwork | None,
+        faint_triggers: FaintTriggers | None = None,
         noise: Noise,
         weights: LossWeights,
         rates: LearningRates,
         batch_size: int,
         student_moves: int,
         epochs: int,
+        warm_up: int = 0,
+        averaging: float = 0.0,
         processes: Processes | None = None,
     ) -> None:
         super().__init__()
@@ -109,31 +91,50 @@ class Distillation(pl.LightningModule):
         self.student = copy.deepcopy(network).requires_grad_(True)
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         self.generator, self.trigger_network = generator, trigger_network
+        self.faint_triggers = faint_triggers
         self.register_buffer("std", std.clone())
         self.noise, self.weights, self.rates = noise, weights, rates
         self.batch_size, self.student_moves, self.epochs = batch_size, student_moves, epochs
+        self.warm_up = warm_up
+        self.average = averaged(self.student, averaging) if averaging else None
         self.processes = processes or Processes()
         self._sums: dict[str, Tensor] = {}
         self._last_good: dict[str, Any] = {}
         self.diverged_at: int | None = None
 
     @property
+    def purified(self) -> nn.Module:
+        """The outcome: the student, or the average of its states so far."""
+        outcome: nn.Module = self.student if self.average is None else self.average.module
+        return outcome
+
+    @property
     def networks(self) -> list[nn.Module]:
         """The players."""
-        players = (self.student, self.teacher, self.generator, self.trigger_network)
-        return [p for p in players if p is not None]
+        return [self.student, self.teacher, self.generator, *self.attackers.values()]
+
+    @property
+    def attackers(self) -> dict[str, TriggerNetwork | FaintTriggers]:
+        """Those in play, by the names of their weights."""
+        found = {"patch": self.trigger_network, "faint": self.faint_triggers}
+        return {name: attacker for name, attacker in found.items() if attacker is not None}
 
     # ------------------------------------------------------------------ the algorithm
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One iteration: student moves, then one generator move, then one trigger move."""
-        del batch, batch_idx
-        student, generator, *trigger = self._optimizers()
+        """One iteration: student moves, then one generator move, then one of each attacker."""
+        del batch
+        student, generator, *attackers = self._optimizers()
+        if self.current_epoch == batch_idx == 0:
+            for _ in range(self.warm_up):
+                self._generator_move(generator, alone=True)
         for _ in range(self.student_moves):
             self._student_move(student)
         self._generator_move(generator)
-        if self.trigger_network is not None:
-            self._trigger_move(trigger[0])
+        for name, optimizer in zip(self.attackers, attackers, strict=True):
+            self._trigger_move(optimizer, name)
+        if self.average is not None:
+            self.average.update_parameters(self.student)
 
     def _student_move(self, optimizer: torch.optim.Optimizer) -> None:
         """The student copies the teacher and unlearns what a patch changes; G and P only serve."""
@@ -141,46 +142,69 @@ class Distillation(pl.LightningModule):
         with torch.no_grad():
             x = self._images()
             teacher_logits = self.teacher(x)
-            patched = self._patched(x)
+            attacked = {name: self._attacked(x, name) for name in self.attackers}
         student_logits = self.student(x)
         loss = match = disagreement(student_logits, teacher_logits)
-        if patched is not None:
-            change = disagreement(self.student(patched), student_logits.detach())
-            loss = match + self.weights.patch * change
-            self._note("student/patch", change)
+        for name, changed in attacked.items():
+            change = disagreement(self.student(changed), student_logits.detach())
+            loss = loss + getattr(self.weights, name) * change
+            self._note(f"student/{name}", change)
         self._note("student/distill", match)
         self._descend(loss, optimizer)
 
-    def _generator_move(self, optimizer: torch.optim.Optimizer) -> None:
-        """The generator seeks images on which student and teacher disagree."""
+    def _generator_move(self, optimizer: torch.optim.Optimizer, *, alone: bool = False) -> None:
+        """The generator seeks images on which student and teacher disagree.
+
+        Args:
+            alone: leave out the student, which stays as it is, statistics included.
+        """
         begin_step()
         with frozen(self.student):
             x = self._images()
-            teacher_logits = self.teacher(x)
-            gap = disagreement(self.student(x), teacher_logits)
-            loss = -gap
-            if self.weights.tv1:
-                loss = loss + self.weights.tv1 * total_variation_l1(x)
-            if self.weights.tv2:
-                norms = self.processes.all_reduce_norm(neighbour_norms(x))
-                loss = loss + self.weights.tv2 * norms.sum()
-            if self.weights.balance:
-                share = self.processes.all_reduce_mean(mean_prediction(teacher_logits))
-                loss = loss + self.weights.balance * imbalance(share)
-            self._note("generator/gap", gap)
-            self._descend(loss, optimizer)
+            with self._statistics() as gaps:
+                teacher_logits = self.teacher(x)
+            loss = torch.zeros_like(x[0, 0, 0, 0])
+            if not alone:
+                gap = disagreement(self.student(x), teacher_logits)
+                loss = -gap
+                self._note("generator/gap", gap)
+            for term in self._generator_terms(x, teacher_logits, gaps):
+                loss = loss + term
+            if loss.requires_grad:
+                self._descend(loss, optimizer)
 
-    def _trigger_move(self, optimizer: torch.optim.Optimizer) -> None:
-        """The trigger network seeks patches that move the student's logits."""
+    def _generator_terms(
+        self, x: Tensor, teacher_logits: Tensor, gaps: list[Tensor]
+    ) -> list[Tensor]:
+        """What the generator minimises besides, whoever the student is."""
+        weights, terms = self.weights, []
+        if weights.tv1:
+            terms.append(weights.tv1 * total_variation_l1(x))
+        if weights.tv2:
+            norms = self.processes.all_reduce_norm(neighbour_norms(x))
+            terms.append(weights.tv2 * norms.sum())
+        if weights.balance:
+            share = self.processes.all_reduce_mean(mean_prediction(teacher_logits))
+            terms.append(weights.balance * imbalance(share))
+        if gaps:
+            terms.append(weights.statistics * torch.stack(gaps).mean())
+        return terms
+
+    def _statistics(self) -> AbstractContextManager[list[Tensor]]:
+        """The teacher's ``statistics_gaps`` in its next pass, if they count."""
+        if not self.weights.statistics:
+            return nullcontext([])
+        return statistics_gaps(self.teacher, self.processes)
+
+    def _trigger_move(self, optimizer: torch.optim.Optimizer, name: str = "patch") -> None:
+        """A trigger network seeks changes that move the student's logits."""
         begin_step()
         with frozen(self.student):
             with torch.no_grad():
                 x = self._images()
                 clean_logits = self.student(x)
-            patched = self._patched(x)
-            assert patched is not None
-            change = disagreement(clean_logits, self.student(patched))
-            self._note("trigger/change", change)
+            change = disagreement(clean_logits, self.student(self._attacked(x, name)))
+            self._note("trigger/change" if name == "patch" else f"{name}/change", change)
             self._descend(-change, optimizer)
 
     def _images(self) -> Tensor:
@@ -192,13 +216,10 @@ class Distillation(pl.LightningModule):
         drawn = self.noise.latent(self.batch_size, length)
         return drawn[self.processes.rows(self.batch_size)]
 
-    def _patched(self, x: Tensor) -> Tensor | None:
-        """``x`` with fresh patches at a fresh place; None without trigger network."""
-        if self.trigger_network is None:
-            return None
-        patches = self.trigger_network(self._latent(self.trigger_network.latent))
-        left, top = self.noise.place(x.shape[-1] - self.trigger_network.patch_size)
-        return add_patches(x, patches, self.std, left, top)
+    def _attacked(self, x: Tensor, name: str) -> Tensor:
+        """``x`` as this attacker changes it."""
+        attacker = self.attackers[name]
+        return attacker.perturb(x, self.std, self._latent, self.noise.place)
 
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -228,6 +249,10 @@ class Distillation(pl.LightningModule):
         if self.trigger_network is not None:
             parameters = self.trigger_network.parameters()
             optimizers.append(torch.optim.Adam(parameters, lr=r.trigger_network, fused=True))
+        if self.faint_triggers is not None:
+            network, free = self.faint_triggers.network.parameters(), [self.faint_triggers.free]
+            groups: list[dict[str, Any]] = [{"params": network}, {"params": free, "lr": r.faint}]
+            optimizers.append(torch.optim.Adam(groups, lr=r.trigger_network, fused=True))
         milestones = [max(1, int(m * self.epochs)) for m in r.milestones]
         return optimizers, [MultiStepLR(o, milestones, r.decay) for o in optimizers]
 
@@ -264,9 +289,10 @@ class Distillation(pl.LightningModule):
         Raises:
             DivergenceError: the first epoch already diverged, so there is no good student.
         """
-        weights = torch.stack([p.abs().max() for p in self.student.state_dict().values()])
+        state = self.purified.state_dict()
+        weights = torch.stack([p.abs().max() for p in state.values()])
         if all(m.isfinite() for m in means.values()) and weights.isfinite().all():
-            self._last_good = copy.deepcopy(self.student.state_dict())
+            self._last_good = copy.deepcopy(state)
             return True
         self.diverged_at = self.current_epoch
         names = [n for n, m in means.items() if not m.isfinite()] or ["student weights"]
@@ -275,7 +301,7 @@ class Distillation(pl.LightningModule):
         if not self._last_good:
             raise DivergenceError(f"{message}; {remedy}")
         log.warning("%s; the student of the epoch before is used; %s", message, remedy)
-        self.student.load_state_dict(self._last_good)
+        self.purified.load_state_dict(self._last_good)
         self.trainer.should_stop = True
         return False
 
@@ -301,24 +327,3 @@ class Distillation(pl.LightningModule):
             with eager(), preserved(self.trigger_network):
                 patches = self.trigger_network(noise.latent(count, self.trigger_network.latent))
         return images, patches
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients pass through the network, but none are computed for its weights."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
-@contextmanager
-def preserved(network: nn.Module) -> Iterator[None]:
-    """Restore all buffers (BatchNorm statistics) on exit."""
-    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, buffer in network.named_buffers():
-            buffer.copy_(kept[name])

@@ -19,7 +19,8 @@ class Noise(ABC):
 
     Draws per iteration, in order: for each student move a latent for images, one for patches and a
     place; for the generator move a latent for images; for the trigger move like a student move.
-    Without trigger network there are only latents for images.
+    Without trigger network there are only latents for images. Faint triggers add a latent of their
+    own to each student move, and a move with a latent for images and one for themselves.
     """
 
     @abstractmethod

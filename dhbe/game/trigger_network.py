@@ -1,11 +1,27 @@
-"""The trigger network (DHBE's PatchGeneratorPreBN): noise -> small additive patches."""
+"""The attackers: DHBE's trigger network (PatchGeneratorPreBN) for patches, and faint triggers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dhbe.game.generator import Upsampler
+from dhbe.game.noise import Place
+
+Latents = Callable[[int], Tensor]
+"""Length -> standard normal latents (B, length) for a batch."""
+Places = Callable[[int], Place]
+"""Free pixels -> the place of a patch."""
+
+
+class Attacker(Protocol):
+    """A player that changes images so that the student's logits move."""
+
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+        """Changed images (B, C, H, W), normalised by deviations ``std`` (1, C, 1, 1)."""
 
 
 class TriggerNetwork(Upsampler):
@@ -29,6 +45,57 @@ class TriggerNetwork(Upsampler):
         )
         super().__init__(latent=latent, width=width, size=patch_size, bases=self.BASES, exit=exit)
         self.patch_size = patch_size
+
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+        """Normalised images with fresh patches at a fresh place."""
+        patches = self(latents(self.latent))
+        return add_patches(x_norm, patches, std, *place(x_norm.shape[-1] - self.patch_size))
+
+
+class FaintTriggers(nn.Module):
+    """Changes of the whole image within (-amplitude, amplitude), in pixel units. Ours.
+
+    Every other image meets what a trigger network draws, which is smooth and differs from image to
+    image; the rest meet a few universal changes whose pixels are free of each other, as those of a
+    noise trigger are.
+
+    Args:
+        count: of the universal changes; images take turns.
+        latent, width: of the network.
+        image_size: pixels, 3, 4, or 5 to 9 times a power of two up to 32.
+        amplitude: of 1, the range of pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        count: int,
+        latent: int,
+        width: int,
+        channels: int,
+        image_size: int,
+        amplitude: float,
+    ) -> None:
+        super().__init__()
+        self.network = TriggerNetwork(
+            latent=latent, width=width, channels=channels, patch_size=image_size
+        )
+        self.free = nn.Parameter(0.1 * torch.randn(count, channels, image_size, image_size))
+        self.amplitude = amplitude
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Noise (B, latent) -> changes (B, C, H, W), those at even places drawn from it."""
+        rows = torch.arange(len(z), device=z.device)
+        turns = torch.arange(len(z) // 2, device=z.device) % len(self.free)
+        changes = torch.cat([self.network(z[::2]), torch.tanh(self.free)[turns]])
+        places = torch.cat([rows[::2], rows[1::2]])  # the same for each part of a divided batch
+        return self.amplitude * changes[places.argsort()]
+
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+        """Normalised images with a change added to each, not clipped."""
+        del place
+        changed: Tensor = x_norm + self(latents(self.network.latent)) / std
+        return changed
 
 
 def add_patches(

@@ -23,6 +23,7 @@ TINY = (
 GAME = (
     "defense.epochs=2",
     "defense.iterations=2",
+    "defense.warm_up=1",
     "defense.batch_size=8",
     "defense.width=4",
     "defense.patch_width=4",

@@ -10,6 +10,7 @@ from torch import nn
 
 from dhbe.game import (
     Distillation,
+    FaintTriggers,
     ImageGenerator,
     LearningRates,
     LossWeights,
@@ -44,18 +45,28 @@ def make_game(
     student: float = 0.1,
     moves: int = 5,
     tv1: float = 0.0,
+    statistics: float = 0.0,
+    faint: FaintTriggers | None = None,
+    warm_up: int = 0,
+    averaging: float = 0.0,
 ) -> Distillation:
     return Distillation(
         network,
         std=STD.to(next(network.parameters()).dtype),
         generator=copy.deepcopy(generator),
         trigger_network=copy.deepcopy(trigger),
+        faint_triggers=copy.deepcopy(faint),
+        warm_up=warm_up,
+        averaging=averaging,
         noise=noise,
-        weights=LossWeights(patch=0.1, tv1=tv1, tv2=1e-4, balance=0.0),
+        weights=LossWeights(
+            patch=0.1, faint=0.3, tv1=tv1, tv2=1e-4, balance=0.0, statistics=statistics
+        ),
         rates=LearningRates(
             student=student,
             generator=1e-3,
             trigger_network=1e-3,
+            faint=0.2,
             momentum=0.9,
             weight_decay=5e-4,
             milestones=(0.6, 0.8),
