@@ -17,6 +17,7 @@ import yaml
 from dhbe.config.identity import CASE as ATTACKED
 from dhbe.config.identity import METHOD as ERASED
 from dhbe.config.identity import NEUTRAL
+from dhbe.report import folder as result
 from dhbe.report import former
 from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
 
@@ -44,9 +45,10 @@ def failures(folders: Iterable[Path], finished: pd.DataFrame) -> pd.DataFrame:
     }
     rows = []
     for file in sorted({f for folder in folders for f in folder.rglob(f".*{SUFFIX}")}):
-        cell = file.with_name(file.name[1:].removesuffix(SUFFIX))
-        if not (cell / "metrics.json").exists():  # else it was finished later, by a single run
-            rows.append(_row(json.loads(file.read_text()), kin))
+        record = json.loads(file.read_text())
+        cell = file.name[1:].removesuffix(SUFFIX)
+        if not result.finished(file.parent / record.get("folder", cell), cell):
+            rows.append(_row(record, kin))
     columns = [*CASE, *METHOD, "scale", *RUN, *OPTIONS, "poison_rate", "epochs", *CAUSE]
     return pd.DataFrame(rows, columns=columns, dtype=object)
 

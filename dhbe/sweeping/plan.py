@@ -16,7 +16,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dhbe.config.identity import fingerprint
-from dhbe.sweeping.failures import PLANS, complete, failure_file, record_lost_jobs
+from dhbe.sweeping.failures import (
+    PLANS,
+    SUFFIX,
+    complete,
+    failure_file,
+    read_record,
+    record_lost_jobs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +72,29 @@ class Plan:
     def label(self, overrides: list[str]) -> str:
         """Those overrides of a cell that not all cells have."""
         common = set.intersection(*map(set, self.cells))
-        return " ".join(o for o in overrides if o not in common) or "the only cell"
+        text = " ".join(o for o in overrides if o not in common)
+        return text or ("the only cell" if overrides else "an unknown cell")
 
     def failures(self) -> list[dict[str, Any]]:
         """Records of those cells whose last attempt failed, oldest first."""
         planned = {tuple(c) for c in self.cells}
         found = []
         for file in Path(self.results).glob(failure_file(Path("*")).name):
-            name = file.name.removeprefix(".").removesuffix(".failed.json")
-            if complete(file.with_name(name)):
-                continue
+            place = file.with_name(file.name.removeprefix(".").removesuffix(SUFFIX))
             with suppress(FileNotFoundError):  # another sweep has just made it succeed
-                record = json.loads(file.read_text())
-                if tuple(record["overrides"]) in planned:
-                    found.append(record)
+                record = read_record(file)
+                if record is None and not complete(place):  # it may be one of ours
+                    found.append(unreadable(file))
+                elif record is not None and not complete(place, record.get("folder", "")):
+                    found += [record] * (tuple(record["overrides"]) in planned)
         return sorted(found, key=lambda r: float(r["time"]))
+
+
+def unreadable(file: Path) -> dict[str, Any]:
+    """What stands for a record that cannot be read."""
+    message = f"{file}: damaged record of a failure; delete it"
+    known = {"error": "ArtefactError", "message": message, "config_mistake": False}
+    return known | {"overrides": [], "time": 0.0}
 
 
 launched: list[Plan] = []

@@ -26,7 +26,7 @@ from rich.text import Text
 from dhbe.config.resolvers import name_of, register_resolvers
 from dhbe.core.locks import held
 from dhbe.core.paths import CONF
-from dhbe.sweeping.failures import PLANS, complete, failure_file, write_json
+from dhbe.sweeping.failures import PLANS, complete, failure_file, read_record, write_json
 from dhbe.sweeping.plan import Plan
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
@@ -89,7 +89,8 @@ def state(folder: Path, since: float = 0.0) -> str:
     if held(folder):
         return "running"
     with suppress(FileNotFoundError):
-        if json.loads(failure_file(folder).read_text())["time"] >= since:
+        record = read_record(failure_file(folder))
+        if record is None or record["time"] >= since:
             return "failed"
     return "begun" if folder.with_name(f".{folder.name}.partial").exists() else "waiting"
 
@@ -125,9 +126,17 @@ def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:
             line = Text(f"{wanted}: {plan.label(plan.cells[i])}", style=STATES[wanted])
             table.add_row(line)
             if wanted == "failed":
-                record = json.loads(failure_file(folders[i]).read_text())
-                table.add_row(f"  {record['error']}: {record['message']} ({record['host']})")
+                table.add_row(f"  {cause(failure_file(folders[i]))}")
     return table, count["done"] + count["failed"] == total
+
+
+def cause(file: Path) -> str:
+    """What a record of failure tells, in one line."""
+    with suppress(FileNotFoundError):
+        if (record := read_record(file)) is None:
+            return f"{file}: damaged record of a failure; delete it"
+        return f"{record['error']}: {record['message']} ({record.get('host')})"
+    return "tried again in this moment"
 
 
 def main() -> None:
