@@ -99,7 +99,7 @@ def written(error: OSError) -> bool | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames[-4:]):
         mode = frame.f_locals.get("mode")
-        if isinstance(mode, str) and mode and frame.f_code.co_name in ("open", "__init__", "_open"):
+        if isinstance(mode, str) and mode and set(mode) <= set("rwaxbt+"):
             return bool(set(mode) & set("wax+"))
         if frame.f_code.co_name in WRITERS:
             return True
