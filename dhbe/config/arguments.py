@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from dhbe.core.errors import ConfigError
 
 MULTIRUN = ("-m", "--multirun")
-LOOKS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info")
-LOOKS += ("-sc", "--shell-completion")
+LOOKS = (
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"),
+    *("-sc", "--shell-completion"),
+)
 """Options under which nothing is run."""
-VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name")
-VALUED += ("-cd", "--config-dir", "--experimental-rerun", "-i", "--info")
+VALUED = (
+    *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"),
+    *("-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
+)
 """Options of Hydra whose value may be the next word."""
 GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging", "env", "help", "output")
 """Config groups of Hydra."""

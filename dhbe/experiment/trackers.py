@@ -77,9 +77,9 @@ class Untroubled(Logger):
     def close(self, status: str) -> None:
         """Finish the entry, if it was begun."""
         self.attempt(lambda: self.inner.finalize(status))
-        if isinstance(self.inner, WandbLogger) and self.inner._experiment is not None:
+        if isinstance(self.inner, WandbLogger) and (entry := self.inner._experiment) is not None:
             self.broken = False  # also after a failure, or the next run would go on with this one
-            self.attempt(lambda: self.inner.experiment.finish(exit_code=int(status != "success")))
+            self.attempt(lambda: entry.finish(exit_code=int(status != "success")))
 
 
 def wandb_settings() -> dict[str, Any]:
