@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,21 @@ def test_a_damaged_record_counts_as_a_failure(
     assert any("damaged record" in str(cell) for cell in table.columns[0].cells)
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": "s"}'])
+def test_a_damaged_plan_is_none(tmp_path: Path, damage: str) -> None:
+    known = {"results": str(tmp_path), "data": "data", "cells": [["seed=0"]]}
+    plan = Plan(name="s", started=1.0, **known)
+    plan.file.parent.mkdir()
+    write_json(plan.file, asdict(plan))
+    (tmp_path / PLANS / "t-0123.json").write_text(damage)
+    assert newest(str(tmp_path), tmp_path) == plan
+    plan.file.with_suffix(".cells").write_text(damage)
+    assert Names(plan).found == [], "looked for again"
+    plan.file.unlink()
+    with pytest.raises(FileNotFoundError, match="neither a results folder nor"):
+        newest(str(tmp_path), tmp_path)
+
+
 MEETING = ("hydra.sweep.subdir=${hydra.job.num}",)
 """The first cell of every sweep into these results has folder 0."""
 
@@ -267,6 +283,7 @@ def test_what_would_be_ignored_is_refused_in_one_line(words: list[str], message:
     [
         ["-m", "+sweep=quick", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
         ["seed=0,1", "-m"],
+        ["--multi", "+sweep=quick"],
         ["--cfg", "job", "hydra/launcher=joblib"],
         ["hydra/launcher=joblib", "-c", "job"],
         ["seed=0", "hydra.run.dir=x"],

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from dhbe.core.errors import ConfigError
 
-MULTIRUN = ("-m", "--multirun")
 LOOKS = (
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"),
     *("-sc", "--shell-completion"),
@@ -35,9 +34,14 @@ def refuse_ignored(words: list[str]) -> None:
     if any(w.split("=")[0] in LOOKS for w in words):
         return
     mode = next((o.partition("=")[2] for o in overrides if o.startswith("hydra.mode=")), "")
-    several = mode.upper() == "MULTIRUN" or any(w in MULTIRUN for w in words)
+    several = mode.upper() == "MULTIRUN" or any(map(asks_for_several, words))
     if found := list(without_effect(overrides, several=several)):
         raise ConfigError("\n".join(found))
+
+
+def asks_for_several(word: str) -> bool:
+    """Whether it is ``-m`` or ``--multirun``, which may be shortened."""
+    return word == "-m" or ("--multirun".startswith(word) and len(word) > len("--"))
 
 
 def misplaced(words: list[str]) -> Iterator[str]:

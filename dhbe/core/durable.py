@@ -13,10 +13,7 @@ def replace(fresh: Path, target: Path) -> None:
     Raises:
         OSError: the disk is full, or the place cannot be written.
     """
-    for file in fresh.rglob("*") if fresh.is_dir() else [fresh]:
-        if file.is_file():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+    settle(fresh)
     fresh.replace(target)
     with suppress(OSError):  # not every file system lets folders be synchronised
         folder = os.open(target.parent, os.O_RDONLY)
@@ -24,3 +21,15 @@ def replace(fresh: Path, target: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or all files in a folder, are on the disk.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -24,6 +25,8 @@ from dhbe.sweeping.failures import (
     read_record,
     record_lost_jobs,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,13 @@ class Plan:
         )
 
     @classmethod
-    def read(cls, file: Path) -> Plan:
-        """Plan from a file."""
-        return cls(**json.loads(file.read_text()))
+    def read(cls, file: Path) -> Plan | None:
+        """Plan from a file; None, with a warning, if it is damaged."""
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s: damaged plan of a sweep (%s); launch it again", file, error)
+            return None
 
     @property
     def file(self) -> Path:

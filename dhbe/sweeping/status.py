@@ -42,7 +42,8 @@ def newest(target: str, results: Path) -> Plan:
         FileNotFoundError: none was ever launched there.
     """
     folder, name = (Path(target), "*") if Path(target).is_dir() else (results, target)
-    plans = [Plan.read(f) for f in (folder / PLANS).glob(f"{name}-*[0-9a-f].json")]
+    files = (folder / PLANS).glob(f"{name}-*[0-9a-f].json")
+    plans = [plan for plan in map(Plan.read, files) if plan is not None]
     if not plans:
         raise FileNotFoundError(
             f"{target}: neither a results folder nor a sweep launched into {folder}; "
@@ -58,9 +59,10 @@ class Names:
         self.plan, self.cache = plan, plan.file.with_suffix(".cells")
         self.found: list[str] = []
         if self.cache.exists():  # configs or data may have changed since an older launch
-            known = json.loads(self.cache.read_text())
-            if isinstance(known, dict) and known["started"] == plan.started:
-                self.found = known["names"]
+            with suppress(OSError, ValueError, KeyError):  # damaged: they are composed again
+                known = json.loads(self.cache.read_text())
+                if isinstance(known, dict) and known["started"] == plan.started:
+                    self.found = list(known["names"])
 
     def more(self, seconds: float) -> list[str]:
         """The names known after looking for ``seconds``, in the order of the plan."""
