@@ -32,7 +32,7 @@ from dhbe.game import ImageGenerator, TriggerNetwork
 from dhbe.models import Normalized
 from dhbe.models.interface import channels_last
 from dhbe.report.folder import percent, si
-from dhbe.training.recorder import LastEpoch
+from dhbe.training.resuming import LastEpoch
 from dhbe.training.runtime import Runtime
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig

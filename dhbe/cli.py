@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dhbe import __version__
+from dhbe.config.arguments import refuse_ignored
 from dhbe.config.resolvers import register_resolvers
 from dhbe.config.schema import plain, refuse_early
 from dhbe.core.errors import ConfigError
@@ -38,14 +39,20 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"dhbe {__version__}")
         return
-    sys.argv[1:] = plain_names(sys.argv[1:])
-    guarded(compose, worker_lost=_list_failures)
+
+    def composed() -> None:
+        refuse_ignored(sys.argv[1:])
+        sys.argv[1:] = plain_names(sys.argv[1:])
+        compose()
+
+    guarded(composed, worker_lost=_list_failures)
 
 
 def purify() -> None:
     """Console entry point ``dhbe-purify FILE [key=value ...]``: ``task=purify checkpoint=FILE``."""
 
     def purified() -> None:
+        refuse_ignored(sys.argv[2:])
         sys.argv[1:] = purify_arguments(sys.argv[1:])
         compose()
 

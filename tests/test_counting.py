@@ -185,7 +185,7 @@ def test_figures_of_the_report() -> None:
 
 def test_the_benchmark_scales_to_what_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of 8 by those of 2 and 4; 100 epochs of fine-tuning by a few dozen small steps."""
-    monkeypatch.setattr("dhbe.training.recorder.LastEpoch.on_train_epoch_end", lambda *_: None)
+    monkeypatch.setattr("dhbe.training.resuming.LastEpoch.on_train_epoch_end", lambda *_: None)
     whole, estimate = (f(flops.victim, "resnet_tiny", 8) for f in (flops.step, flops.scaled))
     assert (estimate.flops, estimate.bytes) == (whole.flops, whole.bytes)
     tuned = flops.trainings("finetune", "resnet_tiny")

@@ -174,6 +174,19 @@ def test_the_remains_of_another_run_are_not_continued(tmp_path: Path) -> None:
     assert not folder.partial.exists()
 
 
+@pytest.mark.parametrize("content", [b"", b'{"cell": ', b"[]", b"\xff\x00"])
+def test_a_damaged_result_is_named_and_force_replaces_it(
+    tmp_path: Path, compose_config, content: bytes
+) -> None:
+    short = (*LONG[:3], "victim.epochs=1", "defense=clp")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"out/metrics.json: damaged result .* force=true"):
+        pipeline.run(compose_config(*short), tmp_path / "out", CHOICES)
+    found = pipeline.run(compose_config(*short, "force=true"), tmp_path / "out", CHOICES)
+    assert metrics(tmp_path / "out")["cell"] == found["cell"]
+
+
 @pytest.mark.parametrize("change", ["deleted", "replaced"])
 def test_a_checkpoint_gone_at_the_end_costs_no_weights(
     tmp_path: Path, compose_config, monkeypatch, change: str

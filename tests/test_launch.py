@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 
+from dhbe.config.arguments import refuse_ignored
 from dhbe.core.errors import ConfigError
+from dhbe.report.collect import collect
+from dhbe.report.failed import failures
 from dhbe.sweeping.callback import Sweep
 from dhbe.sweeping.failures import PLANS, failure_file, record_lost_jobs, write_json
-from dhbe.sweeping.plan import Plan
+from dhbe.sweeping.plan import Plan, summarize
 from dhbe.sweeping.status import Names, left, newest, state, view
 from dhbe.sweeping.workers import take_slot
 from tests.conftest import CONF, ROOT, names
 from tests.support.commands import Command, called
-from tests.support.launch import job
+from tests.support.launch import CELL, job
 
 TINY = (
     *("data.limit=200", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=1"),
@@ -92,14 +97,17 @@ def test_states_of_a_cell(tmp_path: Path) -> None:
     assert state(folder) == "waiting"
     (tmp_path / ".abc.partial").mkdir()
     assert state(folder) == "begun"
-    failure_file(folder).write_text('{"time": 5.0}')
+    record = {"time": 5.0, "error": "E", "message": "", "overrides": []}
+    failure_file(folder).write_text(json.dumps(record))
     with FileLock(tmp_path / ".abc.lock"):
         assert state(folder) == "running"
     assert state(folder) == "failed", "a lock that nobody holds is no running cell"
     assert state(folder, since=5.0) == "failed"
     assert state(folder, since=6.0) == "begun", "launched again: it will be tried again"
     folder.mkdir()
-    (folder / "metrics.json").write_text("{}")
+    (folder / "metrics.json").write_text('{"cell": "another"}')
+    assert state(folder) == "failed", "the result of another cell is none of this one"
+    (folder / "metrics.json").write_text('{"cell": "abc"}')
     assert state(folder) == "done"
 
 
@@ -129,14 +137,14 @@ def test_a_relaunch_is_looked_at_anew(tmp_path: Path) -> None:
     before = Names(plan).more(float("inf"))
     for name in before:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text("{}")
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"cell": name}))
     assert view(plan, before)[1]
     again = Plan(started=2.0, data="new", **known)
     assert again.file == plan.file
     assert Names(again).found == [], "the names of an older launch may be those of other configs"
     again.file.with_suffix(".cells").write_text(json.dumps(before))
     assert Names(again).found == [], "the format of an older version"
-    record = {"time": 1.5, "error": "E", "message": "", "host": "h"}
+    record = {"time": 1.5, "error": "E", "message": "", "host": "h", "overrides": []}
     for name in ("a", "b"):
         failure_file(tmp_path / name).write_text(json.dumps(record))
     assert view(plan, ["a", "b"])[1]
@@ -147,22 +155,150 @@ def test_a_relaunch_is_looked_at_anew(tmp_path: Path) -> None:
 def test_a_record_goes_when_the_cell_succeeds(tmp_path: Path, mode: RunMode) -> None:
     failed = JobReturn(status=JobStatus.FAILED)
     failed.return_value = ConfigError("why")
+    place = tmp_path / (CELL if mode == RunMode.MULTIRUN else "abc")
     callback = Sweep(workers=0)
+    if mode == RunMode.MULTIRUN:
+        callback.on_job_start(job(tmp_path / "abc"))
     callback.on_job_end(job(tmp_path / "abc"), failed)
-    assert json.loads(failure_file(tmp_path / "abc").read_text())["message"] == "why"
+    assert json.loads(failure_file(place).read_text())["message"] == "why"
     assert failed.return_value is None, "the sweeper goes on"
     callback.on_job_end(job(tmp_path / "abc", mode), JobReturn(status=JobStatus.COMPLETED))
-    assert not failure_file(tmp_path / "abc").exists()
+    assert not failure_file(place).exists()
 
 
 def test_a_finished_cell_has_not_failed(tmp_path: Path) -> None:
     known = {"name": "s", "started": 0.0, "results": str(tmp_path), "data": "data"}
     plan = Plan(cells=[["seed=0"]], **known)
-    write_json(failure_file(tmp_path / "abc"), {"overrides": ["seed=0"], "time": 1.0})
+    record = {"overrides": ["seed=0"], "time": 1.0, "error": "E", "message": "", "folder": "0"}
+    write_json(failure_file(tmp_path / "abc"), record)
     assert len(plan.failures()) == 1
-    (tmp_path / "abc").mkdir()
-    (tmp_path / "abc" / "metrics.json").write_text("{}")
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "metrics.json").write_text('{"cell": "another"}')
+    assert len(plan.failures()) == 1, "that result is another cell's"
+    (tmp_path / "0" / "metrics.json").write_text('{"cell": "abc"}')
     assert plan.failures() == []
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "null", "\0\0"])
+def test_a_damaged_record_counts_as_a_failure(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan(name="s", started=0.0, results=str(tmp_path), data="data", cells=[["seed=0"]])
+    failure_file(tmp_path / "abc").write_text(damage)
+    (tmp_path / PLANS).mkdir()
+    (tmp_path / PLANS / "x.job").write_text(damage)
+    assert len(summarize(plan)) == 1
+    told = capsys.readouterr().err
+    assert f"{failure_file(tmp_path / 'abc')}: damaged record of a failure" in told
+    assert "1 cells, 1 failed" in told
+    assert state(tmp_path / "abc") == "failed"
+    table, over = view(plan, ["abc"])
+    assert over
+    assert any("damaged record" in str(cell) for cell in table.columns[0].cells)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": "s"}'])
+def test_a_damaged_plan_is_none(tmp_path: Path, damage: str) -> None:
+    known = {"results": str(tmp_path), "data": "data", "cells": [["seed=0"]]}
+    plan = Plan(name="s", started=1.0, **known)
+    plan.file.parent.mkdir()
+    write_json(plan.file, asdict(plan))
+    (tmp_path / PLANS / "t-0123.json").write_text(damage)
+    assert newest(str(tmp_path), tmp_path) == plan
+    plan.file.with_suffix(".cells").write_text(damage)
+    assert Names(plan).found == [], "looked for again"
+    plan.file.unlink()
+    with pytest.raises(FileNotFoundError, match="neither a results folder nor"):
+        newest(str(tmp_path), tmp_path)
+
+
+MEETING = ("hydra.sweep.subdir=${hydra.job.num}",)
+"""The first cell of every sweep into these results has folder 0."""
+
+
+def test_a_cell_refused_because_its_folder_is_anothers_has_failed(
+    swept: tuple[Path, Any], tmp_path: Path
+) -> None:
+    here = [f"paths.victims={swept[0]}/victims", f"paths.results={tmp_path}"]
+    first = run(*TINY, "victim.learning_rate=0.1", *MEETING, *here)
+    assert first.returncode == 0, first.stderr
+    assert "1 cells, 0 failed" in first.stderr
+    second = run(*TINY, "victim.learning_rate=0.1", "defense=none", *MEETING, *here)
+    assert second.returncode == 2, second.stderr
+    assert "1 cells, 1 failed" in second.stderr
+    assert "0: holds the result of another config" in second.stderr
+    (lost,) = failures([tmp_path], collect([tmp_path])).to_dict("records")
+    assert lost["error"] == "ConfigError"
+    again = run(*TINY, "victim.learning_rate=0.1", "defense=none", *MEETING, *here, "force=true")
+    assert again.returncode == 0, again.stderr
+    assert not list(tmp_path.glob(".*.failed.json"))
+
+
+def test_a_sweep_that_cannot_write_its_plan_ends(swept: tuple[Path, Any], tmp_path: Path) -> None:
+    """Hydra goes on with a warning when a callback fails: then nobody would know of failures."""
+    (tmp_path / PLANS).touch()
+    done = run(*TINY, "seed=0", f"paths.victims={swept[0]}/victims", f"paths.results={tmp_path}")
+    assert done.returncode == 1
+    assert re.search(rf"error: {tmp_path}/{PLANS}.*cannot be written \(.*\)", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_another_folder_for_the_job_moves_no_paths(swept: tuple[Path, Any], tmp_path: Path) -> None:
+    """Relative paths are those of the caller: the victim of before is found."""
+    shutil.copytree(swept[0] / "victims", tmp_path / "victims")
+    options = ["victim.learning_rate=0.1", "paths.victims=victims", "paths.results=r"]
+    words = [str(ROOT / "run.py"), *TINY, *options, "hydra.job.chdir=true"]
+    for more in ([], ["-m"]):
+        done = called([words[0], *more, *words[1:]], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "r").glob("[!.]*/metrics.json")
+    assert json.loads(found.read_text())["cached_victim"] is True
+    assert not list((tmp_path / "r").rglob("victims"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "hydra.launcher=joblib"], "hydra.launcher=joblib: .*write hydra/launcher=joblib"),
+        (["-m", "hydra.run.dir=x"], "hydra.run.dir=x: has no effect with --multirun; .*results=x"),
+        (["hydra.mode=MULTIRUN", "hydra.run.dir=x"], "hydra.run.dir=x: has no effect"),
+        (["seed=0", "-m", "defense=clp"], "defense=clp: would not be read; .* behind -m"),
+        (["seed=0", "--multirun", "defense=clp"], "defense=clp: would not be read"),
+        (["-m", "+sweep=quick,cpu"], r"\+sweep=quick,cpu: one sweep at a time"),
+        (["-m", "+sweep=quick", "+sweep=cpu"], r"\+sweep=quick,cpu: one sweep at a time"),
+        (["+sweep=quick"], r"\+sweep=quick: has no effect without --multirun; add -m"),
+        (["hydra/launcher=joblib", "seed=0"], "hydra/launcher=joblib: has no effect without"),
+        (["hydra.sweep.dir=x", "seed=0"], "hydra.sweep.dir=x: has no effect without"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_would_be_ignored_is_refused_in_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        refuse_ignored(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "+sweep=quick", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["seed=0,1", "-m"],
+        ["--multi", "+sweep=quick"],
+        ["--cfg", "job", "hydra/launcher=joblib"],
+        ["hydra/launcher=joblib", "-c", "job"],
+        ["seed=0", "hydra.run.dir=x"],
+        ["-m", "hydra.sweep.dir=x", "data.root=a=b"],
+    ],
+    ids=" ".join,
+)
+def test_what_means_something_passes(words: list[str]) -> None:
+    refuse_ignored(words)
+
+
+def test_a_mistake_on_the_command_line_ends_with_status_2(tmp_path: Path) -> None:
+    done = called([str(ROOT / "run.py"), "seed=0", "-m", "defense=clp"], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: defense=clp: would not be read")
 
 
 def test_a_note_outlives_a_killed_process_alone(tmp_path: Path) -> None:
@@ -170,21 +306,21 @@ def test_a_note_outlives_a_killed_process_alone(tmp_path: Path) -> None:
     callback.on_job_start(job(tmp_path / "abc"))
     (note,) = (tmp_path / PLANS).glob("*.job")
     record_lost_jobs(tmp_path)
-    assert not failure_file(tmp_path / "abc").exists(), "we live"
+    assert not failure_file(tmp_path / CELL).exists(), "we live"
     text = note.read_text()
     callback.on_job_end(job(tmp_path / "abc"), JobReturn(status=JobStatus.COMPLETED))
     assert not note.exists()
     note.write_text(text)  # as if we had been killed
     record_lost_jobs(tmp_path)
-    record = json.loads(failure_file(tmp_path / "abc").read_text())
+    record = json.loads(failure_file(tmp_path / CELL).read_text())
     assert record["message"] == f"process {os.getpid()} died while computing this cell"
     assert not note.exists()
     note.write_text(text)
     write_json(
-        failure_file(tmp_path / "abc"), record | {"time": record["time"] + 1, "message": "new"}
+        failure_file(tmp_path / CELL), record | {"time": record["time"] + 1, "message": "new"}
     )
     record_lost_jobs(tmp_path)
-    assert json.loads(failure_file(tmp_path / "abc").read_text())["message"] == "new"
+    assert json.loads(failure_file(tmp_path / CELL).read_text())["message"] == "new"
 
 
 def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import pickle
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,8 +22,9 @@ from omegaconf import DictConfig
 
 from dhbe.config.identity import cell
 from dhbe.config.schema import plain
-from dhbe.core.errors import ConfigError
-from dhbe.experiment.tracking import report, tracked
+from dhbe.core.errors import ConfigError, DHBEError
+from dhbe.experiment import pipeline, trackers
+from dhbe.experiment.tracking import RowsLogger, report, tracked
 from dhbe.sweeping.callback import Sweep
 from tests.conftest import ROOT
 from tests.support.commands import Command, called
@@ -196,3 +202,97 @@ def test_a_logger_that_is_not_installed(
 
 def missing(*args: Any, **kwargs: Any) -> None:
     raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+
+# ---------------------------------------------------------------- what trackers lack, or do
+
+
+def silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **more: str) -> None:
+    """A machine whose user never called wandb."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture
+def answering() -> Iterator[str]:
+    """Answers, if only that it does not understand."""
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as found:
+        Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["hanging", "refused", "unknown host"])
+def test_wandb_without_network_ends_in_seconds_with_the_remedy(
+    compose_config: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: str,
+    kind: str,
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(trackers, "SECONDS", 1)
+    url = {"hanging": server, "refused": "http://127.0.0.1:9", "unknown host": "http://no.invalid"}
+    silent(monkeypatch, tmp_path, WANDB_BASE_URL=url[kind], WANDB_API_KEY="a" * 40)
+    wandb.teardown()  # it reads the environment once
+    begun = []
+    monkeypatch.setattr(wandb, "init", lambda **_: begun.append(1))
+    start = time.monotonic()
+    with pytest.raises(DHBEError, match=r"logger=wandb: http.* does not answer .*offline=true"):
+        run(plain(compose_config("logger=wandb")))
+    assert time.monotonic() - start < 15
+    assert not begun, "nothing is begun, in clean-up neither"
+    wandb.teardown()
+
+
+def test_wandb_without_key_says_so(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    silent(monkeypatch, tmp_path, WANDB_BASE_URL=answering)
+    wandb.teardown()
+    tried = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: tried.append(options) or init(**options))
+    with pytest.raises(ConfigError, match=r"no key: call `wandb login`, or set logger.offline"):
+        run(plain(compose_config("logger=wandb")))
+    assert len(tried) == 1, "not once more in clean-up"
+    assert tried[0]["settings"]["init_timeout"] <= 10
+    assert tried[0]["settings"]["finish_timeout"] <= 30
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("failing", ["log_metrics", "log_hyperparams", "save", "finalize"])
+def test_a_logger_that_fails_costs_no_result(
+    compose_config: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "log.csv")
+
+    monkeypatch.setattr(RowsLogger, failing, fail)
+    tiny = ("data.limit=100", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=2")
+    config = compose_config(*tiny, "defense=clp", "trainer.threads=1")
+    with caplog.at_level(logging.WARNING):
+        found = pipeline.run(config, tmp_path / "out", {**CHOICES, "logger": "csv"})
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert found["victim"]["acc"] is not None
+    told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
+    assert len(told) == 1, "once, not in every step"
+    assert told[0].startswith("logger=csv: ")
+    assert "log.csv: cannot be written (No space left on device)" in told[0]

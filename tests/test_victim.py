@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_trained_once_and_read_back_whole(store: Store) -> None:
     assert first.work == again.work is not None
     about = store.store.root / fingerprint({"format": FORMAT, "seed": 0}) / "victim.json"
     found = json.loads(about.read_text())
-    about.write_text(json.dumps({k: v for k, v in found.items() if k != "work"}))
+    kept = {k: v for k, v in found.items() if k not in ("work", "seal", "measured")}
+    about.write_text(json.dumps(kept))
     assert store.obtain({"seed": 0}).work is None, "made before work was counted"
     store.obtain({"seed": 1})
     assert store.trained == 2
@@ -80,6 +82,22 @@ def test_seconds_of_a_killed_attempt_count(store: Store, monkeypatch) -> None:
             store.obtain({"seed": 0})
     assert 2000 < store.obtain({"seed": 0}).seconds < 3000
     assert 2000 < store.obtain({"seed": 0}).seconds < 3000, "read back"
+
+
+def test_a_store_deleted_during_the_last_epoch_comes_back(store: Store, monkeypatch) -> None:
+    original = train
+
+    def deleting(*args):
+        codes = original(*args)
+        shutil.rmtree(store.store.root)
+        return codes
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.test_victim.train", deleting)
+        made = store.obtain({"seed": 0})
+    again = store.obtain({"seed": 0})
+    assert (again.cached, store.trained) == (True, 1)
+    assert torch.equal(made.codes, again.codes)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "edit recipe", "no json"])

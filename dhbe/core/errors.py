@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,8 +46,12 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device or this machine has no memory left; torch says so in several ways."""
     return (
         isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or "OutOfMemory" in type(error).__name__
-        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+        or (
+            isinstance(error, RuntimeError)
+            and any(s in str(error) for s in ("allocate memory", "std::bad_alloc"))
+        )
     )
 
 

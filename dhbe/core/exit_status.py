@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dhbe.core.errors import DHBEError, is_config_mistake, out_of_memory
+from dhbe.core.advice import advice, lost_worker
+from dhbe.core.errors import DHBEError, is_config_mistake
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-LAUNCHERS = ("joblib", "submitit", "ray")
-"""Packages whose exceptions tell of a worker that was killed."""
 WISH = "DHBE_FULL_ERROR"
 """What the user set ``FULL_ERROR`` to, for processes that a run starts."""
 
@@ -31,8 +31,7 @@ def guarded(main: Callable[[], Any], *, worker_lost: Callable[[], Any] = lambda:
     Args:
         worker_lost: called when a launcher lost a worker, before the message.
     """
-    wish = os.environ.setdefault(WISH, os.environ.get(FULL_ERROR, "0"))
-    wants_traceback = wish == "1"
+    os.environ.setdefault(WISH, os.environ.get(FULL_ERROR, "0"))
     os.environ[FULL_ERROR] = "1"  # Hydra hands exceptions on instead of printing them itself
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -40,20 +39,35 @@ def guarded(main: Callable[[], Any], *, worker_lost: Callable[[], Any] = lambda:
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         sys.exit(130)
-    except (DHBEError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
+    except Exception as error:
+        if lost_worker(error):  # then Hydra does not come to the end of the sweep
+            worker_lost()
+        if (told := explained(error)) is None:
             raise
+        message, status = told
+        _complain(message)
+        sys.exit(status)
+
+
+def explained(error: Exception) -> tuple[str, int] | None:
+    """Message and exit status; None where the traceback is wanted, by the user or for a bug."""
+    if os.environ.get(WISH) == "1":
+        return None
+    if isinstance(error, (DHBEError, HydraException, OmegaConfBaseException)):
         wrapped = isinstance(error, HydraException) and isinstance(error.__cause__, DHBEError)
         cause = error.__cause__ if wrapped else error
-        _complain(str(cause))
-        sys.exit(2 if is_config_mistake(error) else 1)
-    except Exception as error:
-        if _is_launchers(error):  # then Hydra does not come to the end of the sweep
-            worker_lost()
-        if wants_traceback or not (advice := _advice(error)):
-            raise
-        _complain(advice)
+        return str(cause), 2 if is_config_mistake(error) else 1
+    found = advice(error)
+    return (found, 1) if found else None
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the process as ``guarded`` would, where somebody in between catches exceptions."""
+    if (told := explained(error)) is None:
+        traceback.print_exception(error)
         sys.exit(1)
+    _complain(told[0])
+    sys.exit(told[1])
 
 
 STOPPED = "stopped; what was finished is kept, and the same command continues from there"
@@ -64,25 +78,6 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _is_launchers(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in LAUNCHERS
-
-
 def _complain(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     print(f"({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
-
-
-def _advice(error: Exception) -> str:
-    """What to do about a failure of the machine; empty for errors of the program."""
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if out_of_memory(error):
-        return f"out of memory ({said}); lower defense.batch_size or victim.batch_size"
-    if isinstance(error, OSError):  # Hydra makes the output folder before the pipeline starts
-        return f"{said}; free space, or choose a writable hydra.run.dir"
-    if _is_launchers(error):
-        remedy = "the same command goes on with the cells that are not finished"
-        return f"a worker was lost: {said}; {remedy}"
-    if "PytorchStreamWriter" in said or type(error).__name__ == "SafetensorError":
-        return f"a file could not be written ({said}); is the disk full?"
-    return ""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dhbe.core.errors import ConfigError, DHBEError
+from dhbe.core.durable import settle
+from dhbe.core.errors import ArtefactError, ConfigError, DHBEError
 from dhbe.core.locks import exclusive
+from dhbe.report.folder import read_metrics
 from dhbe.training.parallel import first
 
 METRICS = "metrics.json"
@@ -41,8 +42,15 @@ class ResultFolder:
 
         Raises:
             ConfigError: the folder holds another cell's result.
+            ArtefactError: it holds a damaged one.
         """
-        found: dict[str, Any] = json.loads((self.path / METRICS).read_text())
+        try:
+            found = read_metrics(self.path)
+        except (OSError, ValueError) as error:
+            raise ArtefactError(
+                f"{self.path / METRICS}: damaged result ({error}); set force=true to compute it "
+                f"anew, or delete {self.path}"
+            ) from error
         if found.get("cell") != cell:
             raise ConfigError(
                 f"hydra.run.dir={self.path}: holds the result of another config; choose another "
@@ -68,6 +76,7 @@ class ResultFolder:
 
     def publish(self) -> None:
         """Rename the working folder to its final name, in place of an older result."""
+        settle(self.partial)
         if self.complete:
             self.path.rename(self.older)  # a kill from here on loses neither: see ``claimed``
         self.discard_empty()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from pytorch_lightning.loggers import Logger
 
 from dhbe.config import identity
 from dhbe.config.resolution import resolved
@@ -18,6 +17,7 @@ from dhbe.experiment.folder import ResultFolder
 from dhbe.experiment.outcome import Outcome
 from dhbe.experiment.setting import Setting
 from dhbe.experiment.summary import metrics as metrics_of
+from dhbe.experiment.trackers import Untroubled
 from dhbe.experiment.tracking import report, tracked
 from dhbe.models import Normalized
 from dhbe.report.console import show
@@ -71,7 +71,7 @@ def compute(
     parts: Parts,
     result: ResultFolder,
     choices: Mapping[str, str],
-    logger: Logger | None,
+    logger: Untroubled | None,
 ) -> tuple[dict[str, Any], Normalized]:
     """The run itself, into ``result``: its metrics and the purified network."""
     parts.trainer.apply()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchvision.utils import make_grid
 
 from dhbe.config import identity
 from dhbe.core.errors import ConfigError
+from dhbe.experiment.trackers import Untroubled, begin_wandb, wandb_settings
 from dhbe.training import parallel as processes
 
 
@@ -55,52 +57,67 @@ class RowsLogger(CSVLogger):
 @contextmanager
 def tracked(
     tree: dict[str, Any], choices: Mapping[str, str], folder: Path
-) -> Iterator[Logger | None]:
+) -> Iterator[Untroubled | None]:
     """The config's logger, told the config and closed at the end, so that the next run has its own.
 
     A cell continues the entry of its name: a killed and resumed one is one entry. At wandb its
-    group is the sweep, its tags are the choices in the config groups.
+    group is the sweep, its tags are the choices in the config groups. What a logger lacks ends the
+    run before it computes; what fails later is told, and costs no result.
 
     Args:
         folder: of the result, while it is made.
 
     Raises:
-        ConfigError: the logger's package is not installed.
+        ConfigError: the logger's package is not installed, or has no key.
+        DHBEError: it cannot begin.
     """
     node = tree.get("logger")
     if not node or not processes.first():
         yield None
         return
-    name = identity.cell(tree)
-    kind = get_class(node["_target_"])
-    place: dict[str, Any] = {"name": "", "version": name}
-    if issubclass(kind, RowsLogger):
-        place = {"name": "", "version": "", "save_dir": str(folder)}
-    if issubclass(kind, WandbLogger):
-        kinds = ("data", "model", "attack", "defense", "budget")
-        tags = [f"{k}:{choices[k]}" for k in kinds if choices.get(k)]
-        title = f"{choices.get('attack')} {choices.get('defense')} seed {tree['seed']}"
-        place = {"name": title, "id": name, "group": choices.get("sweep"), "tags": tags}
-    try:
-        logger: Logger = instantiate(node, **place)
-    except Exception as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
-            chosen = choices.get("logger")
-            remedy = f'pip install "dhbe[{chosen}]"'
-            raise ConfigError(f"logger={chosen}: {error.__cause__.msg}; {remedy}") from error
-        raise
+    chosen = choices.get("logger") or node["_target_"].rpartition(".")[2]
+    logger = Untroubled(begun(node, tree, choices, folder), chosen)
     status = "failed"
     try:
         logger.log_hyperparams(tree)
         yield logger
         status = "success"
     finally:
-        logger.finalize(status)
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=int(status != "success"))
+        logger.close(status)
 
 
-def report(logger: Logger | None, metrics: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
+def begun(
+    node: dict[str, Any], tree: dict[str, Any], choices: Mapping[str, str], folder: Path
+) -> Logger:
+    """The logger, with its entry begun; see ``tracked``."""
+    name = identity.cell(tree)
+    try:
+        kind = get_class(node["_target_"])
+        place: dict[str, Any] = {"name": "", "version": name}
+        if issubclass(kind, RowsLogger):
+            place = {"name": "", "version": "", "save_dir": str(folder)}
+        if issubclass(kind, WandbLogger):
+            kinds = ("data", "model", "attack", "defense", "budget")
+            tags = [f"{k}:{choices[k]}" for k in kinds if choices.get(k)]
+            title = f"{choices.get('attack')} {choices.get('defense')} seed {tree['seed']}"
+            place = {"name": title, "id": name, "group": choices.get("sweep"), "tags": tags}
+            place["settings"] = wandb_settings()
+        logger: Logger = instantiate(node, **place)
+    except Exception as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        if isinstance(missing, ModuleNotFoundError):
+            chosen = choices.get("logger")
+            remedy = f'pip install "dhbe[{chosen}]"'
+            raise ConfigError(f"logger={chosen}: {missing.msg}; {remedy}") from error
+        raise
+    if isinstance(logger, WandbLogger):
+        begin_wandb(logger, offline=bool(node.get("offline")))
+    return logger
+
+
+def report(
+    logger: Untroubled | None, metrics: dict[str, Any], pictures: dict[str, np.ndarray]
+) -> None:
     """Final rates as ``<role>/<rate>``, ``der``, seconds, and one grid per picture.
 
     Args:
@@ -113,8 +130,12 @@ def report(logger: Logger | None, metrics: dict[str, Any], pictures: dict[str, n
     logger.log_metrics({k: v for k, v in final.items() if v is not None})
     for name, images in pictures.items():
         grid = make_grid(torch.from_numpy(images))  # (3, H, W)
-        if isinstance(logger, WandbLogger):
-            logger.log_image(f"pictures/{name}", [grid.permute(1, 2, 0).numpy()])
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(f"pictures/{name}", grid)
+        logger.attempt(partial(_show, logger.inner, f"pictures/{name}", grid))
     logger.save()  # the folder is about to get its final name
+
+
+def _show(logger: Logger, name: str, grid: torch.Tensor) -> None:
+    if isinstance(logger, WandbLogger):
+        logger.log_image(name, [grid.permute(1, 2, 0).numpy()])
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, grid)

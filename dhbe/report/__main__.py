@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dhbe.report.collect import collect, merge, relabel, select
+from dhbe.report.damaged import TITLE, UNREADABLE, Damage, listed
 from dhbe.report.failed import failures
 from dhbe.report.publish import write_report
 from dhbe.report.tables import beside_published, markdown
@@ -37,20 +38,38 @@ def main() -> None:
         help="show published figures beside ours (without CSV: those that come with dhbe)",
     )
     options = parser.parse_args()
-    table = collect(options.folders)
-    table, failed = relabel(table, failures(options.folders, table))
-    if table.empty and failed.empty:
-        sys.exit(f"error: no metrics.json below {', '.join(map(str, options.folders))}")
-    known = [*table, *failed]
     try:
-        table, failed = (select(t, options.where, known) for t in (table, failed))
-    except ValueError as error:
+        report(options)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if options.merge:
-        table, failed = relabel(merge(options.out / "results.csv", table), failed)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Collect, choose, write.
+
+    Raises:
+        ValueError: there is nothing to report, or a former report is damaged.
+        OSError: the report cannot be written.
+    """
+    damaged: list[Damage] = []
+    table = collect(options.folders, damaged)
+    table, failed = relabel(table, failures(options.folders, table, damaged))
     if table.empty and failed.empty:
-        sys.exit(f"error: no run has {' '.join(options.where)}")
-    extra = {}
+        where = ", ".join(map(str, options.folders))
+        lost = "".join(f"\n  {path}: {cause}" for path, cause in damaged)
+        raise ValueError(f"no metrics.json below {where}{' but damaged ones:' * bool(lost)}{lost}")
+    known = [*table, *failed]
+    table, failed = (select(t, options.where, known) for t in (table, failed))
+    if options.merge:
+        former = options.out / "results.csv"
+        try:
+            table, failed = relabel(merge(former, table), failed)
+        except UNREADABLE as error:
+            remedy = "delete it, or leave out --merge"
+            raise ValueError(f"{former}: damaged former report ({error}); {remedy}") from error
+    if table.empty and failed.empty:
+        raise ValueError(f"no run has {' '.join(options.where)}")
+    extra = {TITLE: listed(damaged)}
     if options.compare and len(table):
         published = pd.read_csv(options.compare)
         extra["Beside published figures"] = beside_published(table, published)

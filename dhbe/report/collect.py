@@ -24,7 +24,9 @@ from dhbe.config.identity import CASE as ATTACKED
 from dhbe.config.identity import LATER, NEUTRAL
 from dhbe.config.identity import METHOD as ERASED
 from dhbe.report import former
+from dhbe.report.damaged import UNREADABLE, Damage, check, damage, half_deleted
 from dhbe.report.folder import ROLES, read_metrics, speeds
+from dhbe.report.texts import original
 
 CASE = ["data", "model", "attack", "attack_variant"]
 METHOD = ["defense", "budget", "selection", "defense_variant"]
@@ -36,18 +38,26 @@ OPTIONS_FILE = "options.json"
 RATES = ("acc", "asr", "ra", "asr_conditional")
 
 
-def collect(folders: Iterable[Path]) -> pd.DataFrame:
+def collect(folders: Iterable[Path], damaged: list[Damage] | None = None) -> pd.DataFrame:
     """One row per finished run at or below the given folders; of equal runs the newest.
 
     Rates are fractions; columns ``victim_acc``, ``purified_asr`` and so on. ``case`` and ``method``
     are hashes of the options behind the names, which are in ``case_options`` and
     ``method_options``.
+
+    Args:
+        damaged: takes what cannot be read; it is logged as well.
     """
+    folders = list(folders)
     files = {m for f in folders for m in f.rglob("metrics.json") if m.parent.name[:1] != "."}
-    found = [m.parent for m in sorted(files, key=lambda m: (m.stat().st_mtime, m))]
+    found = [m.parent for m in sorted(files, key=lambda m: (_time(m), m))]
     options: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(lambda folder: _row(folder, options), found))
+        read = list(pool.map(lambda folder: _attempt(folder, options), found))
+    if damaged is not None:
+        damaged += half_deleted(folders)
+        damaged += [r for r in read if isinstance(r, Damage)]
+    rows = [r for r in read if not isinstance(r, Damage)]
     if not rows:
         return pd.DataFrame(columns=[*CASE, *METHOD, "scale", *RUN, *OPTIONS, "der"])
     table = pd.DataFrame(rows).drop_duplicates(RUN, keep="last").reset_index(drop=True)
@@ -66,12 +76,31 @@ def relabel(*tables: pd.DataFrame) -> list[pd.DataFrame]:
     return list(tables)
 
 
+def _time(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # a dangling link, or deleted in this moment
+        return 0.0
+
+
+def _attempt(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any] | Damage:
+    """A row, or why there is none."""
+    try:
+        return _row(folder, options)
+    except yaml.YAMLError as error:
+        return damage(folder / "config.yaml", error)
+    except UNREADABLE as error:
+        return damage(folder, error)
+
+
 def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     m = read_metrics(folder)
     earlier = "scale" not in m
     m = former.metrics(m)
-    file = folder / "config.yaml"
-    config = yaml.load(file.read_text(), Loader=yaml.CSafeLoader) if file.exists() else {}
+    check(m)
+    config = yaml.load((folder / "config.yaml").read_text(), Loader=yaml.CSafeLoader)
+    if not isinstance(config, dict):
+        raise ValueError("config.yaml: holds no options")
     if m["attack"] == "none":
         config["attack"] = None  # poisoning options have no effect
     row = {k: m[k] for k in ("data", "model", "attack", "defense", "budget", "selection", "scale")}
@@ -182,7 +211,7 @@ def merge(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Rows of a former ``results.csv``, replaced where the same run was made again."""
     if old.exists():
         text = dict.fromkeys(("case", "method", "commit"), str)  # some hashes look like numbers
-        kept = pd.read_csv(old, keep_default_na=True, dtype=text)
+        kept = original(pd.read_csv(old, keep_default_na=True, dtype=text))
         kept = kept.rename(columns={"floor_asr": "clean_baseline_asr"})  # of older versions
         file = old.with_name(OPTIONS_FILE)
         options = json.loads(file.read_text()) if file.exists() else {}

@@ -17,8 +17,10 @@ import yaml
 from dhbe.config.identity import CASE as ATTACKED
 from dhbe.config.identity import METHOD as ERASED
 from dhbe.config.identity import NEUTRAL
+from dhbe.report import folder as result
 from dhbe.report import former
 from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
+from dhbe.report.damaged import UNREADABLE, Damage, damage
 
 ABLATION = "ablation"
 """Root key of a sweep that changes one of several options at a time."""
@@ -28,7 +30,9 @@ SHOWN = [*CASE[:3], *METHOD[:2], "scale", "seed", *CAUSE]
 """Columns for readers."""
 
 
-def failures(folders: Iterable[Path], finished: pd.DataFrame) -> pd.DataFrame:
+def failures(
+    folders: Iterable[Path], finished: pd.DataFrame, damaged: list[Damage] | None = None
+) -> pd.DataFrame:
     """One row per run at or below the folders whose last attempt failed; no finished ones.
 
     Columns are those of ``collect`` that are known, and ``outcome``: ``skipped`` if the config was
@@ -37,6 +41,7 @@ def failures(folders: Iterable[Path], finished: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         finished: ``collect``'s table.
+        damaged: takes records that cannot be read; they are logged as well.
     """
     kin = {
         "case": _kin(finished, "case", CASE[:3]),
@@ -44,9 +49,15 @@ def failures(folders: Iterable[Path], finished: pd.DataFrame) -> pd.DataFrame:
     }
     rows = []
     for file in sorted({f for folder in folders for f in folder.rglob(f".*{SUFFIX}")}):
-        cell = file.with_name(file.name[1:].removesuffix(SUFFIX))
-        if not (cell / "metrics.json").exists():  # else it was finished later, by a single run
-            rows.append(_row(json.loads(file.read_text()), kin))
+        cell = file.name[1:].removesuffix(SUFFIX)
+        try:
+            record = json.loads(file.read_text())
+            if not result.finished(file.parent / record.get("folder", cell), cell):
+                rows.append(_row(record, kin))
+        except UNREADABLE as error:
+            found = damage(file, error)
+            if damaged is not None:
+                damaged.append(found)
     columns = [*CASE, *METHOD, "scale", *RUN, *OPTIONS, "poison_rate", "epochs", *CAUSE]
     return pd.DataFrame(rows, columns=columns, dtype=object)
 

@@ -15,9 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dhbe.report.collect import CASE, digest, relabel
+from dhbe.report.damaged import UNREADABLE, damage
 from dhbe.report.page import BLUE, GREY, sparse, style
 from dhbe.report.picture import gallery
 from dhbe.report.tables import half_width, labels, order
+from dhbe.report.texts import plain_ticks
 
 CURVES = 40
 """Runs whose training curves are drawn at most."""
@@ -113,6 +115,7 @@ def seconds(table: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     axes.barh(middle.index, middle, xerr=reach, color=BLUE, ecolor=GREY)
     axes.set(xlabel="seconds", xscale="log")
+    plain_ticks(axes.xaxis)
     axes.tick_params(axis="y", labelsize=7)
     return figure
 
@@ -163,6 +166,7 @@ def over(table: pd.DataFrame, column: str) -> Figure | None:
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (title, group, shown) in zip(grid, panels, strict=False):
         axes.set_xscale("symlog", linthresh=near)
+        plain_ticks(axes.xaxis)
         for name, runs in shown.groupby("method_name"):
             line(axes, runs, column, "purified_asr", label=name, **style(names.index(name)))
         victims = group.drop_duplicates(["poison_rate", "seed"])
@@ -202,10 +206,14 @@ def curves(table: pd.DataFrame) -> Figure | None:
     found: dict[str, list[tuple[str, pd.DataFrame]]] = {}
     for row in first.to_dict("records"):
         file = Path(row["folder"]) / "curves.csv"
-        if not file.exists() or file.stat().st_size < 4:
+        try:
+            if not file.exists() or file.stat().st_size < 4:
+                continue
+            rows = pd.read_csv(file)
+            rows = rows[rows["stage"] == "defense"]
+        except UNREADABLE as error:
+            damage(file, error)
             continue
-        rows = pd.read_csv(file)
-        rows = rows[rows["stage"] == "defense"]
         for name in rows.columns.difference(["stage", "epoch"]):
             if rows[name].notna().any():
                 found.setdefault(name, []).append(

@@ -31,9 +31,27 @@ class Row:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The folder's ``metrics.json``."""
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    """The folder's ``metrics.json``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    found = json.loads((folder / "metrics.json").read_text())
+    if not isinstance(found, dict):
+        raise ValueError("metrics.json: holds no JSON object")
     return found
+
+
+def finished(folder: Path, cell: str) -> bool:
+    """Whether the folder holds the result of this cell; that of another one does not count.
+
+    Results of before they told their cell lie in a folder of its name.
+    """
+    try:
+        return bool(read_metrics(folder).get("cell", folder.name) == cell)
+    except (OSError, ValueError):
+        return False
 
 
 def percent(value: float | None) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dhbe.report import former
 from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows, work
+from dhbe.report.texts import drawing
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -41,6 +42,7 @@ def sparse(points: int) -> dict[str, Any]:
     return {"markevery": max(1, points // 8), "markersize": 4}
 
 
+@drawing()
 def write_page(folder: Path) -> Path:
     """Write ``report.html`` into a result folder."""
     metrics = former.metrics(read_metrics(folder))

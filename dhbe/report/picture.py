@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dhbe.report.damaged import UNREADABLE, damage
 from dhbe.report.folder import read_metrics
 from dhbe.report.page import BLUE, ORANGE
+from dhbe.report.texts import drawing
 
 SHOWN = 6
 """Test images in the picture of a run."""
@@ -19,6 +23,7 @@ EACH = 5
 """Test images of each attack."""
 
 
+@drawing()
 def write_overview(folder: Path) -> Path | None:
     """Write ``overview.png`` into a result folder; None if it has no triggered images.
 
@@ -85,9 +90,12 @@ def gallery(table: pd.DataFrame) -> Figure | None:
     for data, attack, folder in attacked[["data", "attack", "folder"]].to_numpy():
         file = Path(folder) / "examples.npz"
         if f"{attack}\n{data}" not in strips and file.exists():
-            found = dict(np.load(file))
-            if "triggered" in found:
-                strips[f"{attack}\n{data}"] = _strip(found["clean"], found["triggered"])
+            try:
+                found = dict(np.load(file))
+                if "triggered" in found:
+                    strips[f"{attack}\n{data}"] = _strip(found["clean"], found["triggered"])
+            except (*UNREADABLE, BadZipFile, zlib.error) as error:
+                damage(file, error)
     if not strips:
         return None
     room = 0.2 + 0.065 * max(len(line) for name in strips for line in name.split("\n"))  # inches

@@ -14,6 +14,7 @@ from dhbe.report.failed import SHOWN
 from dhbe.report.figures import figures
 from dhbe.report.page import data_url
 from dhbe.report.tables import compare, latex, markdown, matrix, ranking, summarize
+from dhbe.report.texts import drawing, neutral
 
 HIDDEN = ["case", "method", "folder"]
 """Columns of runs that the page leaves out."""
@@ -41,7 +42,7 @@ def write_report(
     }
     (out / OPTIONS_FILE).write_text(json.dumps(options, default=str))
     runs = table.drop(columns=OPTIONS)
-    runs.to_csv(out / "results.csv", index=False)
+    neutral(runs).to_csv(out / "results.csv", index=False)
     runs.to_parquet(out / "results.parquet", index=False)
     tables = {"ACC / ASR by attack": matrix(table, failed=failed)}
     if len(table):
@@ -71,9 +72,10 @@ def write_report(
 def write_figures(table: pd.DataFrame, out: Path) -> list[dict[str, str]]:
     """Write the figures of ``collect``'s table as PNG; ``source`` and ``caption`` for the page."""
     pictures = []
-    for name, caption, figure in figures(table):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        (out / f"{name}.png").write_bytes(buffer.getvalue())
-        pictures.append({"source": data_url(buffer.getvalue()), "caption": caption})
+    with drawing():
+        for name, caption, figure in figures(table):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110)
+            (out / f"{name}.png").write_bytes(buffer.getvalue())
+            pictures.append({"source": data_url(buffer.getvalue()), "caption": caption})
     return pictures

@@ -25,6 +25,7 @@ from torchmetrics.functional.image import (
 from dhbe.report.collect import collect
 from dhbe.report.folder import read_metrics
 from dhbe.report.tables import markdown
+from dhbe.report.texts import neutral, original
 
 SETTING = ["data", "model", "epochs", "seed"]
 KEYS = [*SETTING, "attack", "attack_variant"]
@@ -94,7 +95,7 @@ def _known(value: Any) -> bool:
 def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     """Rows of a former table, replaced where there are newer ones."""
     if old.exists():
-        former = pd.read_csv(old, keep_default_na=False, na_values=[""])
+        former = original(pd.read_csv(old, keep_default_na=False, na_values=[""]))
         former["attack_variant"] = former["attack_variant"].fillna("")
         new = pd.concat([former, new], ignore_index=True)
     return new.drop_duplicates(RUN, keep="last").sort_values(KEYS, ignore_index=True)
@@ -184,7 +185,7 @@ def main() -> None:
     head = page.read_text().partition(MARK)[0] + MARK if page.exists() else ""
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(head + shown)
-    table.round(6).to_csv(options.out.with_suffix(".csv"), index=False)
+    neutral(table.round(6)).to_csv(options.out.with_suffix(".csv"), index=False)
     print(shown)
     if options.sheet:
         sheet(found).savefig(options.sheet, dpi=110)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dhbe.config.resolvers import register_resolvers
+from dhbe.core.exit_status import fail
 from dhbe.core.machine import cells_at_once
 from dhbe.sweeping.failures import (
     announce_job,
     failure_file,
     failure_record,
+    place_of,
     record_lost_jobs,
     withdraw_job,
     write_json,
@@ -32,6 +36,19 @@ from dhbe.sweeping.workers import holds_slot, pin, take_slot
 
 EXTRAS = {"submitit_local": "slurm"}
 """Extra that brings a launcher, where it is not called like the launcher."""
+
+
+def insistent(method: Callable[..., None]) -> Callable[..., None]:
+    """A callback that ends the command when it fails; Hydra would go on with a mere warning."""
+
+    @wraps(method)
+    def called(*args: Any, **kwargs: Any) -> None:
+        try:
+            method(*args, **kwargs)
+        except Exception as error:
+            fail(error)
+
+    return called
 
 
 class Sweep(Callback):
@@ -44,11 +61,13 @@ class Sweep(Callback):
 
     def __init__(self, *, workers: int) -> None:
         self.workers, self.limit, self.group = workers, False, ""
+        self.place: Path | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register_resolvers()  # arrived in a worker, which has not imported run.py
         self.__dict__.update(state)
 
+    @insistent
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a launcher that is not installed; write the plan; see who shares this machine."""
         del kwargs
@@ -80,33 +99,40 @@ class Sweep(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take a share of this machine, once per process: one GPU, or some of the CPU threads.
 
-        In a sweep, note the job, so that it is not lost with its process.
+        In a sweep, note the job, so that it is not lost with its process. With
+        ``hydra.job.chdir=true`` go back: relative paths mean what they mean to the user, or a
+        victim of before would not be found.
         """
         del kwargs
+        if config.hydra.job.chdir:
+            os.chdir(config.hydra.runtime.cwd)
         if self.workers and not holds_slot():
             slot = take_slot(self.workers if self.limit else None)
             threads = max(1, (os.cpu_count() or 1) // self.workers)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported
             pin(slot)
         if config.hydra.mode == RunMode.MULTIRUN:
-            announce_job(config)
+            self.place = place_of(config)
+            announce_job(config, self.place)
             if self.group:  # of a sweep without +sweep=NAME
                 os.environ.setdefault("WANDB_RUN_GROUP", self.group)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """In a sweep, record a failure instead of handing it on: other cells shall go on."""
         del kwargs
-        record = failure_file(Path(config.hydra.runtime.output_dir))
+        place = self.place or Path(config.hydra.runtime.output_dir)
+        record = failure_file(place)
         if job_return.status == JobStatus.COMPLETED:
             record.unlink(missing_ok=True)
         elif config.hydra.mode == RunMode.MULTIRUN:
             try:
                 _ = job_return.return_value
             except Exception as error:
-                write_json(record, failure_record(error, config))
+                write_json(record, failure_record(error, config, place))
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         withdraw_job()
 
+    @insistent
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """List all failures; exit status 1, or 2 if all are config mistakes."""
         del config, kwargs

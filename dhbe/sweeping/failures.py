@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -16,42 +17,86 @@ from typing import IO, Any
 
 from omegaconf import DictConfig
 
-from dhbe.core.errors import LostError, is_config_mistake
+from dhbe.config.resolvers import name_of
+from dhbe.core.advice import advice
+from dhbe.core.durable import replace
+from dhbe.core.errors import DHBEError, LostError, is_config_mistake
+from dhbe.report.folder import finished
 
 PLANS = ".sweeps"
 """Folder inside a results folder: plans, and a note on each job that is being computed."""
+SUFFIX = ".failed.json"
+log = logging.getLogger(__name__)
 
 
-def failure_file(folder: Path) -> Path:
-    """Where the failure of the cell with this result folder is recorded (JSON).
+def failure_file(place: Path) -> Path:
+    """Where the failure of the cell with this place is recorded (JSON).
 
     Keys: ``overrides`` (list), ``choices`` (chosen config by group, as in ``metrics.json``),
-    ``seed``, ``error`` (class name), ``message``, ``config_mistake``, ``traceback``, ``time``
-    (seconds since 1970), ``host``, ``pid``. It is removed when the cell succeeds.
+    ``seed``, ``folder`` (its result folder, as seen from the results folder), ``error`` (class
+    name), ``message``, ``config_mistake``, ``traceback``, ``time`` (seconds since 1970), ``host``,
+    ``pid``. It is removed when the cell succeeds.
+
+    Args:
+        place: see ``place_of``.
     """
-    return folder.with_name(f".{folder.name}.failed.json")
+    return place.with_name(f".{place.name}{SUFFIX}")
 
 
-def complete(folder: Path) -> bool:
-    """Whether the cell with this result folder is finished."""
-    return (folder / "metrics.json").exists()
+def place_of(config: DictConfig) -> Path:
+    """Results folder / cell: where the result of a job of a sweep lies by default.
+
+    Its result folder may be another one (``hydra.sweep.subdir``), even one where another cell has
+    its result; what becomes of a cell is known by this place alone.
+    """
+    results = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
+    folder = Path(config.hydra.runtime.output_dir)
+    try:
+        return results / name_of(config)
+    except DHBEError:  # what cannot be resolved has no name, and will say so itself
+        return results / folder.name
+
+
+def complete(place: Path, folder: str = "") -> bool:
+    """Whether the cell with this place is finished.
+
+    Args:
+        folder: its result folder, as seen from the results folder; default: the place itself.
+    """
+    return finished(place.parent / (folder or place.name), place.name)
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A record of failure, or a note on a job; None, with a warning, if the file is damaged.
+
+    Raises:
+        FileNotFoundError: the cell has just succeeded.
+    """
+    try:
+        found = json.loads(file.read_text())
+        found["overrides"], found["time"], found["error"], found["message"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: damaged record of a failure (%s); delete it", file, error)
+        return None
+    return dict(found)
 
 
 _jobs: list[IO[str]] = []
 """Note on the job of this process: locked while it lives; only SIGKILL leaves the file behind."""
 
 
-def announce_job(config: DictConfig) -> None:
+def announce_job(config: DictConfig, place: Path) -> None:
     """Write the record of failure that this job would leave if its process were killed."""
-    folder = Path(config.hydra.runtime.output_dir)
-    place = folder.parent / PLANS
-    place.mkdir(parents=True, exist_ok=True)
+    notes = place.parent / PLANS
+    notes.mkdir(parents=True, exist_ok=True)
     lost = LostError(f"process {os.getpid()} died while computing this cell")
     atexit.unregister(withdraw_job)
     atexit.register(withdraw_job)  # stopped by SIGTERM: not every process deletes what it opened
-    file = tempfile.NamedTemporaryFile("w", dir=place, suffix=".job")  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile("w", dir=notes, suffix=".job")  # noqa: SIM115
     fcntl.flock(file, fcntl.LOCK_EX)
-    json.dump(failure_record(lost, config) | {"cell": folder.name}, file)
+    json.dump(failure_record(lost, config, place) | {"cell": place.name}, file)
     file.flush()
     _jobs[:] = [file]
 
@@ -61,25 +106,28 @@ def record_lost_jobs(results: Path) -> None:
     for file in (results / PLANS).glob("*.job"):
         with suppress(FileNotFoundError, BlockingIOError), file.open("r+") as found:
             fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while the process lives
-            if not (text := found.read()):
+            if not found.read():
                 continue  # a process that has just begun
-            content = json.loads(text)
-            folder = results / content.pop("cell")
-            known = failure_file(folder)
-            newer = known.exists() and json.loads(known.read_text())["time"] > content["time"]
-            if not complete(folder) and not newer:
-                write_json(known, content)
+            content = read_record(file)
+            if content is not None and "cell" in content:
+                place = results / content.pop("cell")
+                known = failure_file(place)
+                before = read_record(known) if known.exists() else None
+                newer = before is not None and before["time"] > content["time"]
+                if not complete(place, content.get("folder", "")) and not newer:
+                    write_json(known, content)
             file.unlink()
 
 
-def failure_record(error: Exception, config: DictConfig) -> dict[str, Any]:
+def failure_record(error: Exception, config: DictConfig, place: Path) -> dict[str, Any]:
     """Content of a failure record."""
     return {
+        "folder": os.path.relpath(config.hydra.runtime.output_dir, place.parent),
         "overrides": list(config.hydra.overrides.task),
         "choices": {k: v for k, v in config.hydra.runtime.choices.items() if "hydra/" not in k},
         "seed": config.seed,
         "error": type(error).__name__,
-        "message": str(error),
+        "message": advice(error) or str(error),
         "config_mistake": is_config_mistake(error),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
@@ -92,7 +140,7 @@ def write_json(file: Path, content: Any) -> None:
     """JSON, in one step: a reader never sees half of it."""
     fresh = file.with_name(f"{file.name}.{os.getpid()}.new")
     fresh.write_text(json.dumps(content, indent=1))
-    fresh.replace(file)
+    replace(fresh, file)
 
 
 def withdraw_job() -> None:

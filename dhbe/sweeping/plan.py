@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -16,7 +17,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dhbe.config.identity import fingerprint
-from dhbe.sweeping.failures import PLANS, complete, failure_file, record_lost_jobs
+from dhbe.sweeping.failures import (
+    PLANS,
+    SUFFIX,
+    complete,
+    failure_file,
+    read_record,
+    record_lost_jobs,
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +63,13 @@ class Plan:
         )
 
     @classmethod
-    def read(cls, file: Path) -> Plan:
-        """Plan from a file."""
-        return cls(**json.loads(file.read_text()))
+    def read(cls, file: Path) -> Plan | None:
+        """Plan from a file; None, with a warning, if it is damaged."""
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s: damaged plan of a sweep (%s); launch it again", file, error)
+            return None
 
     @property
     def file(self) -> Path:
@@ -65,21 +79,29 @@ class Plan:
     def label(self, overrides: list[str]) -> str:
         """Those overrides of a cell that not all cells have."""
         common = set.intersection(*map(set, self.cells))
-        return " ".join(o for o in overrides if o not in common) or "the only cell"
+        text = " ".join(o for o in overrides if o not in common)
+        return text or ("the only cell" if overrides else "an unknown cell")
 
     def failures(self) -> list[dict[str, Any]]:
         """Records of those cells whose last attempt failed, oldest first."""
         planned = {tuple(c) for c in self.cells}
         found = []
         for file in Path(self.results).glob(failure_file(Path("*")).name):
-            name = file.name.removeprefix(".").removesuffix(".failed.json")
-            if complete(file.with_name(name)):
-                continue
+            place = file.with_name(file.name.removeprefix(".").removesuffix(SUFFIX))
             with suppress(FileNotFoundError):  # another sweep has just made it succeed
-                record = json.loads(file.read_text())
-                if tuple(record["overrides"]) in planned:
-                    found.append(record)
+                record = read_record(file)
+                if record is None and not complete(place):  # it may be one of ours
+                    found.append(unreadable(file))
+                elif record is not None and not complete(place, record.get("folder", "")):
+                    found += [record] * (tuple(record["overrides"]) in planned)
         return sorted(found, key=lambda r: float(r["time"]))
+
+
+def unreadable(file: Path) -> dict[str, Any]:
+    """What stands for a record that cannot be read."""
+    message = f"{file}: damaged record of a failure; delete it"
+    known = {"error": "ArtefactError", "message": message, "config_mistake": False}
+    return known | {"overrides": [], "time": 0.0}
 
 
 launched: list[Plan] = []

@@ -53,8 +53,8 @@ def planned(name: str, overrides: list[str], *, retry: bool) -> Plan:
         plan = Plan.of(hydra.compose_config("config", given, RunMode.MULTIRUN))
     last = [tuple({o.split("=")[0]: o for o in c}.values()) for c in plan.cells]
     plan = replace(plan, cells=[list(c) for c in dict.fromkeys(last)])
-    if plan.file.exists() and not retry:
-        plan = replace(plan, started=Plan.read(plan.file).started)
+    if plan.file.exists() and not retry and (before := Plan.read(plan.file)):
+        plan = replace(plan, started=before.started)
     plan.file.parent.mkdir(parents=True, exist_ok=True)
     write_json(plan.file, asdict(plan))
     return plan

@@ -26,7 +26,7 @@ from rich.text import Text
 from dhbe.config.resolvers import name_of, register_resolvers
 from dhbe.core.locks import held
 from dhbe.core.paths import CONF
-from dhbe.sweeping.failures import PLANS, complete, failure_file, write_json
+from dhbe.sweeping.failures import PLANS, complete, failure_file, read_record, write_json
 from dhbe.sweeping.plan import Plan
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
@@ -42,7 +42,8 @@ def newest(target: str, results: Path) -> Plan:
         FileNotFoundError: none was ever launched there.
     """
     folder, name = (Path(target), "*") if Path(target).is_dir() else (results, target)
-    plans = [Plan.read(f) for f in (folder / PLANS).glob(f"{name}-*[0-9a-f].json")]
+    files = (folder / PLANS).glob(f"{name}-*[0-9a-f].json")
+    plans = [plan for plan in map(Plan.read, files) if plan is not None]
     if not plans:
         raise FileNotFoundError(
             f"{target}: neither a results folder nor a sweep launched into {folder}; "
@@ -58,9 +59,10 @@ class Names:
         self.plan, self.cache = plan, plan.file.with_suffix(".cells")
         self.found: list[str] = []
         if self.cache.exists():  # configs or data may have changed since an older launch
-            known = json.loads(self.cache.read_text())
-            if isinstance(known, dict) and known["started"] == plan.started:
-                self.found = known["names"]
+            with suppress(OSError, ValueError, KeyError):  # damaged: they are composed again
+                known = json.loads(self.cache.read_text())
+                if isinstance(known, dict) and known["started"] == plan.started:
+                    self.found = list(known["names"])
 
     def more(self, seconds: float) -> list[str]:
         """The names known after looking for ``seconds``, in the order of the plan."""
@@ -89,7 +91,8 @@ def state(folder: Path, since: float = 0.0) -> str:
     if held(folder):
         return "running"
     with suppress(FileNotFoundError):
-        if json.loads(failure_file(folder).read_text())["time"] >= since:
+        record = read_record(failure_file(folder))
+        if record is None or record["time"] >= since:
             return "failed"
     return "begun" if folder.with_name(f".{folder.name}.partial").exists() else "waiting"
 
@@ -125,9 +128,17 @@ def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:
             line = Text(f"{wanted}: {plan.label(plan.cells[i])}", style=STATES[wanted])
             table.add_row(line)
             if wanted == "failed":
-                record = json.loads(failure_file(folders[i]).read_text())
-                table.add_row(f"  {record['error']}: {record['message']} ({record['host']})")
+                table.add_row(f"  {cause(failure_file(folders[i]))}")
     return table, count["done"] + count["failed"] == total
+
+
+def cause(file: Path) -> str:
+    """What a record of failure tells, in one line."""
+    with suppress(FileNotFoundError):
+        if (record := read_record(file)) is None:
+            return f"{file}: damaged record of a failure; delete it"
+        return f"{record['error']}: {record['message']} ({record.get('host')})"
+    return "tried again in this moment"
 
 
 def main() -> None:

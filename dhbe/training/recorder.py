@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
 
+from dhbe.core.durable import replace
 from dhbe.training.compile import eager
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,19 @@ class Stopwatch:
 
     def __init__(self, folder: Path) -> None:
         self.file, self.start = folder / "seconds", time.perf_counter()
-        self.earlier = float(self.file.read_text()) if self.file.exists() else 0.0
+        self.earlier = self._read()
+
+    def _read(self) -> float:
+        try:
+            found = float(self.file.read_text())
+        except FileNotFoundError:
+            return 0.0
+        except (OSError, ValueError):
+            found = float("nan")
+        if 0 <= found < float("inf"):
+            return found
+        log.warning("%s: damaged; the seconds of earlier attempts are not counted", self.file)
+        return 0.0
 
     @property
     def seconds(self) -> float:
@@ -116,27 +129,4 @@ class Stopwatch:
         """For the attempt that comes after a kill."""
         fresh = self.file.with_suffix(".new")
         fresh.write_text(str(self.seconds))
-        fresh.replace(self.file)
-
-
-class LastEpoch(Checkpoint):
-    """Saves the state of the last finished epoch, in one step, after the recorder has its row.
-
-    Lightning's own ModelCheckpoint with ``save_top_k=0`` writes nothing before training ends.
-
-    Args:
-        writes: of several processes only one does.
-    """
-
-    def __init__(self, path: Path, stopwatch: Stopwatch | None, *, writes: bool = True) -> None:
-        self.path, self.stopwatch, self.writes = path, stopwatch, writes
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write beside the file, then rename: a kill never leaves half a checkpoint."""
-        if not self.writes:
-            return
-        fresh = self.path.with_suffix(".new")
-        trainer.save_checkpoint(fresh)
-        fresh.replace(self.path)
-        if self.stopwatch is not None:
-            self.stopwatch.save()
+        replace(fresh, self.file)

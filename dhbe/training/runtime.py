@@ -23,7 +23,8 @@ from dhbe.core.types import DataSpec
 from dhbe.data import ImageSet, TrainingBatches, to_float
 from dhbe.training.compile import compiled
 from dhbe.training.parallel import Processes
-from dhbe.training.recorder import LastEpoch, Recorder, Stopwatch
+from dhbe.training.recorder import Recorder, Stopwatch
+from dhbe.training.resuming import LastEpoch, newest
 from dhbe.training.schedule import Schedule
 from dhbe.training.supervised import Options, Supervised
 from dhbe.training.trainer import TrainerConfig
@@ -216,8 +217,8 @@ class Runtime:
         """
         config = self.trainer_config
         self.workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint = self.workdir / "last.ckpt"
-        saver = LastEpoch(checkpoint, self.stopwatch, writes=self.processes.first)
+        state = self.processes.agree(newest(self.workdir) if self.processes.first else None)
+        saver = LastEpoch(self.workdir, self.stopwatch, writes=self.processes.first)
         counter = WorkCounter(self.processes.count) if config.count else None
         hooks: list[Callback] = [*([counter] if counter else []), *callbacks, self.recorder, saver]
         if config.progress and self.processes.first:
@@ -233,7 +234,7 @@ class Runtime:
                     trainer.fit(
                         module,
                         train_dataloaders=batches,
-                        ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                        ckpt_path=None if state is None else str(state),
                         weights_only=True,
                     )
             except SystemExit as stopped:

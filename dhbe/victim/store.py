@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dhbe.config.identity import fingerprint
 from dhbe.contracts.attack import Attack
+from dhbe.core.durable import replace
 from dhbe.core.errors import ArtefactError
 from dhbe.core.locks import exclusive
 from dhbe.models import Normalized
@@ -37,6 +38,7 @@ class Victim:
 
     Attributes:
         work: of its trainings; None where it was not counted.
+        measured: what ``train.measure`` found when it was made; empty where that is not known.
         sha256: of the stored weights; None if they are not stored.
     """
 
@@ -47,16 +49,18 @@ class Victim:
     cached: bool
     curves: list[dict[str, float]]
     work: Work | None
+    measured: dict[str, float] = field(default_factory=dict)
     sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What making a victim leaves behind, besides its state: codes (N,), curves and work."""
+    """What making a victim leaves behind, besides its state: codes (N,), curves, work, rates."""
 
     codes: Tensor
     curves: list[dict[str, float]]
     work: Work | None
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 class VictimStore:
@@ -64,6 +68,10 @@ class VictimStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def folder(self, recipe: dict[str, Any]) -> Path:
+        """Where the victim of this recipe lies."""
+        return self.root / fingerprint({"format": FORMAT, **recipe})
 
     def obtain(
         self,
@@ -82,7 +90,7 @@ class VictimStore:
         Raises:
             ArtefactError: the stored victim is truncated, edited, or not this recipe's.
         """
-        folder = self.root / fingerprint({"format": FORMAT, **recipe})
+        folder = self.folder(recipe)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,6 +118,7 @@ class VictimStore:
             cached=False,
             curves=made.curves,
             work=made.work,
+            measured=made.measured,
             sha256=sha256,
         )
 
@@ -128,7 +137,7 @@ class VictimStore:
         """
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
-        temporary.mkdir()
+        temporary.mkdir(parents=True)  # somebody may have deleted the store meanwhile
         tensors = {"codes": made.codes}
         for part, module in (("network", network), ("attack", attack)):
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
@@ -136,9 +145,10 @@ class VictimStore:
         save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         about = {"recipe": recipe, "seconds": seconds, "curves": made.curves, "sha256": sha256}
-        about["work"] = made.work and asdict(made.work)
+        about |= {"work": made.work and asdict(made.work), "measured": made.measured}
+        about["seal"] = fingerprint(about)
         (temporary / "victim.json").write_text(json.dumps(about, indent=1))
-        temporary.rename(folder)
+        replace(temporary, folder)
         return sha256
 
     def _read(
@@ -151,6 +161,9 @@ class VictimStore:
             whole = hashlib.sha256(weights.read_bytes()).hexdigest() == about["sha256"]
             if about["recipe"] != json.loads(json.dumps(recipe)):
                 raise ArtefactError(f"{folder / 'victim.json'}: edited, not its hash's; {remedy}")
+            sealed = about.pop("seal", None)  # victims of before have none
+            if sealed is not None and sealed != fingerprint(about):
+                raise ArtefactError(f"{folder / 'victim.json'}: edited; {remedy}")
             if not whole:
                 raise ArtefactError(f"{weights}: truncated or edited (SHA-256 differs); {remedy}")
             tensors = load_file(weights)
@@ -171,5 +184,6 @@ class VictimStore:
             cached=True,
             curves=about["curves"],
             work=work,
+            measured=about.get("measured", {}),
             sha256=about["sha256"],
         )

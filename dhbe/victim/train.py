@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dhbe.config import identity
 from dhbe.contracts.attack import Attack
-from dhbe.core.errors import got
+from dhbe.core.errors import ArtefactError, got
 from dhbe.core.types import Batch
-from dhbe.data import ImageSet, TrainingBatches
+from dhbe.data import ImageSet, TrainingBatches, to_float
+from dhbe.evaluation.evaluator import Evaluator
 from dhbe.models import Normalized
 from dhbe.training.recorder import Recorder, Stopwatch
 from dhbe.training.runtime import Runtime
@@ -20,6 +21,13 @@ from dhbe.training.schedule import Schedule
 from dhbe.training.supervised import Supervised
 from dhbe.victim.source import VictimRequest, VictimSource
 from dhbe.victim.store import Making, Victim, VictimStore
+
+MEASURED = 200
+"""Training images by which a stored victim is recognised."""
+ROUNDING = 0.02
+"""By which any of these figures may differ on other hardware."""
+_verified: set[str | None] = set()
+"""SHA-256 of victims verified in this process: a sweep reads one many times."""
 
 
 class TrainedVictim(VictimSource):
@@ -61,7 +69,12 @@ class TrainedVictim(VictimSource):
             surrogate = self.surrogate(request) if attack.needs_surrogate else None
             attack.to(runtime.device)
             codes = train(network, attack, images, self.schedule, runtime, surrogate)
-            return Making(codes=codes, curves=runtime.recorder.rows, work=runtime.work_total.work)
+            return Making(
+                codes=codes,
+                curves=runtime.recorder.rows,
+                work=runtime.work_total.work,
+                measured=measure(network, attack, images, runtime),
+            )
 
         trainer = request.runtime.trainer_config
         recipe = identity.victim_recipe(
@@ -72,7 +85,10 @@ class TrainedVictim(VictimSource):
             tf32=trainer.tf32,
         )
         store = VictimStore(Path(request.config["paths"]["victims"]))
-        return store.obtain(recipe, network, attack, make)
+        victim = store.obtain(recipe, network, attack, make)
+        if victim.cached:
+            verify(victim, images, request.runtime, store.folder(recipe))
+        return victim
 
     def start(self, request: VictimRequest) -> Normalized:
         """The network that training begins with."""
@@ -86,6 +102,50 @@ class TrainedVictim(VictimSource):
         """The clean network, frozen, where and as the training computes."""
         network = self.clean(request).eval().requires_grad_(False)
         return network.to(request.runtime.device, request.runtime.dtype)
+
+
+def measure(
+    network: Normalized, attack: Attack, images: ImageSet, runtime: Runtime
+) -> dict[str, float]:
+    """What a stored victim is recognised by, on the first training images.
+
+    ``acc`` and ``asr``, and ``change``, the mean change of a pixel by the trigger in 1/255.
+    """
+    device = runtime.device
+    network.to(device, runtime.dtype).eval()
+    active = attack.to(device).eval() if attack.active else None
+    found = Evaluator(images, active, device=device).observer(MEASURED)(network)
+    if active is not None:
+        index = torch.arange(min(MEASURED, len(images)))
+        raw, _ = next(iter(images.batches(index, MEASURED)))
+        x, y = to_float(raw.to(device)), images.labels[index].to(device)
+        with torch.inference_mode():
+            stamped = active.apply(x, y=y, index=index.to(device))
+        found["change"] = 255 * float((stamped - x).abs().mean())
+    return found
+
+
+def verify(victim: Victim, images: ImageSet, runtime: Runtime, folder: Path) -> None:
+    """Compare a stored victim with what is known of it, besides its hashes, which can be mended.
+
+    Raises:
+        ArtefactError: other images were poisoned, or its rates are not those of its making.
+    """
+    if victim.sha256 in _verified:
+        return
+    remedy = f"delete {folder} to train it anew"
+    codes = victim.attack.select(images.labels, runtime.rng("codes"))
+    if not torch.equal(codes.cpu(), victim.codes.cpu()):
+        raise ArtefactError(f"{folder}: its codes are not those of its seed: edited; {remedy}")
+    if victim.measured:
+        found = measure(victim.network, victim.attack, images, runtime)
+        for name, before in victim.measured.items():
+            if not abs(found.get(name, -1.0) - before) <= ROUNDING:
+                raise ArtefactError(
+                    f"{folder}: {name} {found.get(name)} on training images, but {before} when it "
+                    f"was made: edited; {remedy}"
+                )
+    _verified.add(victim.sha256)
 
 
 def train(

@@ -9,12 +9,19 @@ from typing import Any
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from dhbe.config.identity import cell
+
+CELL = cell({"seed": 0})
+"""Of each job here."""
+
 
 def job(folder: Path, mode: RunMode = RunMode.MULTIRUN) -> Any:
     """What Hydra tells callbacks of a job with this result folder."""
     hydra = {
         "mode": mode,
-        "runtime": {"output_dir": str(folder), "choices": {}},
+        "runtime": {"output_dir": str(folder), "choices": {}, "cwd": "/"},
+        "job": {"chdir": False},
+        "sweep": {"dir": str(folder.parent)},
         "overrides": {"task": ["seed=0"]},
     }
     return OmegaConf.create({"hydra": hydra, "seed": 0})

@@ -1,0 +1,35 @@
+"""Files that are whole whenever they are there, after a loss of power too."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def replace(fresh: Path, target: Path) -> None:
+    """Give a finished file or folder its name, once its content is on the disk.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    settle(fresh)
+    fresh.replace(target)
+    with suppress(OSError):  # not every file system lets folders be synchronised
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or all files in a folder, are on the disk.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
