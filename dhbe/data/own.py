@@ -36,7 +36,7 @@ class OwnImages(Data):
 
     Args:
         normalization: preset, or ``mean`` and ``std`` per channel.
-        order: of the channels that the network takes; ``bgr`` turns the images' red and blue round.
+        order: of the channels that the network takes; None is ``rgb``.
         clean: folder with one sub-folder per class; all of it goes to the defense.
         test: likewise; only the evaluation sees it.
         skip_unreadable: leave out corrupt, animated or huge images instead of stopping.
@@ -62,6 +62,8 @@ class OwnImages(Data):
         content: str = "",
     ) -> None:
         del content
+        if order == "bgr" and channels != 3:
+            raise got("data.order", order, f"rgb or null with data.channels={channels}")
         mean, std = statistics(normalization, channels)
         self.spec = DataSpec(
             name=name,
@@ -73,9 +75,10 @@ class OwnImages(Data):
             flip=flip,
             crop_padding=crop_padding,
             balanced=False,
+            order=order or "rgb",
         )
         self.folders = {"data.clean": clean, "data.test": test}
-        self.skip_unreadable, self.order = skip_unreadable, order
+        self.skip_unreadable = skip_unreadable
 
     def load(self) -> Splits | None:
         """The images of both folders; None if neither is given.
@@ -114,8 +117,7 @@ class OwnImages(Data):
                     raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
                 skipped.append(str(file))
                 continue
-            turned = pixels[::-1] if self.order == "bgr" else pixels
-            images.append(torch.from_numpy(turned.copy()))
+            images.append(torch.from_numpy(pixels.copy()))
             labels.append(label)
         if not images:
             raise DataError(f"{key}={folder}: no readable image in it")
