@@ -289,7 +289,7 @@ def test_bad_images_are_named_and_skipped_only_when_asked(folder: Path, kind: st
 
 
 def test_only_colour_images_have_an_order(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="data.order=bgr: expected rgb .*data.channels=1"):
+    with pytest.raises(ConfigError, match=r"data.order=bgr: expected rgb .*data.channels=1"):
         own(folder, order="bgr", channels=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -72,5 +73,7 @@ def _content(*keys: str, _parent_: DictConfig) -> str:
             with suppress(NotImplementedError, ValueError):  # no pattern below a folder
                 paths += sorted(place.glob(str(values[1])))
         else:
-            paths.append(place if place.exists() else Path(str(values[0]).rpartition(":")[0]))
+            paths.append(
+                place if os.path.exists(place) else Path(str(values[0]).rpartition(":")[0])
+            )
     return content(p for p in paths if p != Path())

@@ -126,9 +126,9 @@ class Setting:
             return self.evaluator.predict_once(network, (sha256, *rounding))
 
     def caveats(self, before: Predictions | None) -> list[str]:
-        """What the reader has to know where the victim is somebody else's."""
+        """What the reader has to know of the images and of a victim that is somebody else's."""
         if self.parts.source.trains:
-            return []
+            return [] if self.splits is None else list(self.splits.notes)
         return caveats(
             assumed=self.parts.source.assumed,
             splits=self.splits,
