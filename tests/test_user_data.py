@@ -375,6 +375,22 @@ def test_absolute_paths_and_booleans(tmp_path: Path) -> None:
     assert labels(data(parquet(tmp_path), classes=2).load()) == ([1, 0], [1, 0])
 
 
+def test_tables_are_found_by_name_pattern_or_absolute_path(tmp_path: Path, compose_config) -> None:
+    (tmp_path / "in [1]").mkdir()
+    file = table(tmp_path / "in [1]" / "a[0].parquet", image=STRUCTS, label=[0, 1, 2])
+    (file.parent / "._a.parquet").write_bytes(b"junk")
+    for pattern in ("in [[]1]/*.parquet", "in [1]/a[0].parquet", str(file)):
+        source = Parquet(root=str(tmp_path), train=pattern, test=pattern)
+        assert source.files("train") == [file]
+        options = ("data.classes=3", f"paths.data={tmp_path}", "data.source.train=t")
+        cfg = compose_config("data=image_parquet", *options, "data.source.test=t")
+        cfg.data.source.train = pattern
+        assert cfg.data.source.content == content([file])
+    nothing = Parquet(root=str(tmp_path), train="", test="")
+    with pytest.raises(DataError, match="no file matches ''"):
+        nothing.load("train", channels=3, size=SIZE, stream=False)
+
+
 def test_shards_that_differ_harmlessly_are_one_table(tmp_path: Path) -> None:
     table(tmp_path / "train-0.parquet", image=STRUCTS, label=pa.array([0, 1, 2], pa.int8()))
     table(tmp_path / "train-1.parquet", label=[0, 1, 2], extra=[0, 0, 0], image=ROWS)

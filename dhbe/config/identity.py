@@ -95,8 +95,8 @@ def _state(path: Path) -> list[Any]:
         return [path.name, _digest(path)]
     unread: list[str] = []
     files = [f for f in below(path, lambda e: unread.append(str(e))) if not os.path.isdir(f)]
-    found = [[f.relative_to(path).as_posix(), *_stamp(f)] for f in files]
-    if sum(size for _, size, _ in found) <= SMALL:
+    found: list[list[Any]] = [[f.relative_to(path).as_posix(), *_stamp(f)] for f in files]
+    if sum(state[1] for state in found) <= SMALL:
         return [[*state, _digest(f)] for state, f in zip(found, files, strict=True)] + unread
     return found + unread
 

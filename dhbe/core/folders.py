@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,17 @@ LEFT_BEHIND = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 def left_behind(name: str) -> bool:
     """Whether a file or folder of this name is nobody's data."""
     return name.startswith(".") or name in LEFT_BEHIND
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What this name or pattern, relative to a folder or absolute, stands for, in name order."""
+    if not pattern:
+        return []
+    literal = os.path.join(folder, os.path.expanduser(pattern))
+    if os.path.exists(literal):
+        return [Path(literal)]
+    whole = os.path.join(glob.escape(str(folder)), os.path.expanduser(pattern))
+    return sorted(Path(found) for found in glob.glob(whole, recursive=True))
 
 
 def below(top: Path, failed: Callable[[OSError], None], *, hidden: bool = False) -> Iterator[Path]:

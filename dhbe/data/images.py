@@ -44,6 +44,8 @@ def image_bytes(file: Path) -> bytes:
         if about.st_size > MAX_FILE:
             raise DataError(f"{file}: more than {MAX_FILE:,} bytes, not a readable image")
         return file.read_bytes()
+    except ValueError as error:  # a null byte, in a table
+        raise DataError(f"{str(file)!r}: not the name of a file ({error})") from error
     except OSError as error:
         if file.is_symlink():
             raise DataError(

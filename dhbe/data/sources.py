@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dhbe.core.errors import DataError
+from dhbe.core.folders import matching
 from dhbe.data import tables
 from dhbe.data.classes import SUFFIXES, class_list, labelled, numbered
 from dhbe.data.images import ImageSet, Resident, image_bytes
@@ -66,7 +67,7 @@ class Parquet(Source):
 
     def files(self, part: str) -> list[Path]:
         """Tables of this part, in name order; empty if there are none."""
-        return sorted(Path(self.root).glob(self.patterns[part]))
+        return matching(Path(self.root).expanduser(), self.patterns[part])
 
     def load(
         self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL

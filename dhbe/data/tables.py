@@ -189,7 +189,9 @@ def _filled(column: Any, kind: Any, empty: Any, size: int) -> Any:
         column = column.combine_chunks()
     if pa.types.is_fixed_size_binary(column.type):
         column = column.cast(pa.binary())
-    return pc.fill_null(column.cast(kind), pa.scalar(empty, kind))
+    filled = pc.fill_null(column.cast(kind), pa.scalar(empty, kind))
+    filled.validate(full=True)  # a name that is no text fails here, not in a message
+    return filled
 
 
 def _labels(column: Any) -> list[Any]:

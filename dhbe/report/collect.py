@@ -24,7 +24,7 @@ from dhbe.config.identity import CASE as ATTACKED
 from dhbe.config.identity import LATER, NEUTRAL
 from dhbe.config.identity import METHOD as ERASED
 from dhbe.report import former
-from dhbe.report.folder import ROLES, read_metrics, speeds
+from dhbe.report.folder import ROLES, below, read_metrics, speeds
 
 CASE = ["data", "model", "attack", "attack_variant"]
 METHOD = ["defense", "budget", "selection", "defense_variant"]
@@ -43,7 +43,7 @@ def collect(folders: Iterable[Path]) -> pd.DataFrame:
     are hashes of the options behind the names, which are in ``case_options`` and
     ``method_options``.
     """
-    files = {m for f in folders for m in f.rglob("metrics.json") if m.parent.name[:1] != "."}
+    files = {m for m in below(folders) if m.name == "metrics.json" and m.is_file()}
     found = [m.parent for m in sorted(files, key=lambda m: (m.stat().st_mtime, m))]
     options: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor() as pool:

@@ -19,6 +19,7 @@ from dhbe.config.identity import METHOD as ERASED
 from dhbe.config.identity import NEUTRAL
 from dhbe.report import former
 from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
+from dhbe.report.folder import below
 
 ABLATION = "ablation"
 """Root key of a sweep that changes one of several options at a time."""
@@ -43,7 +44,8 @@ def failures(folders: Iterable[Path], finished: pd.DataFrame) -> pd.DataFrame:
         "method": _kin(finished, "method", METHOD[:2]),
     }
     rows = []
-    for file in sorted({f for folder in folders for f in folder.rglob(f".*{SUFFIX}")}):
+    files = {f for f in below(folders, hidden=True) if f.name[:1] == "." and f.match(f"*{SUFFIX}")}
+    for file in sorted(files):
         cell = file.with_name(file.name[1:].removesuffix(SUFFIX))
         if not (cell / "metrics.json").exists():  # else it was finished later, by a single run
             rows.append(_row(json.loads(file.read_text()), kin))
