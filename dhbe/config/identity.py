@@ -74,6 +74,9 @@ def victim_recipe(
         recipe["tf32"] = True
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = images
+    source = tree["data"].get("source") or {}
+    if source.get("content"):  # a user's files: the fingerprint sees but some of the images
+        recipe["content"] = source["content"]
     if not attacked:
         recipe["attack"] = None
     return recipe

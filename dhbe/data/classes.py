@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dhbe.core.errors import DataError
@@ -141,21 +141,31 @@ def labelled(
         for part, own in folders.items()
         if only in (None, part)
     }
-    every = set(numbers.values()) if classes is None else set(range(classes))
-    name_of = {number: name for name, number in numbers.items()}
-    notes = []
-    for part, files in found.items():
-        lacking = sorted(every - {label for _, label in files})
-        if files and lacking:
-            told = [_told(c, name_of, listed) for c in lacking[:8]]
-            more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
-            notes.append(f"{part} has no image of class {', '.join(told)}{more}")
+    every = range(max(numbers.values(), default=-1) + 1 if classes is None else classes)
+    names_of = {number: name for name, number in numbers.items()}
+    names_of |= dict(enumerate(listed or ()))
+    notes = [
+        note
+        for part, files in found.items()
+        for note in lacking(part, {label for _, label in files}, every, names_of)
+    ]
     return found, notes
 
 
-def _told(number: int, names: Mapping[int, str], listed: Sequence[str] | None) -> str:
-    name = names.get(number) or (listed[number] if listed else str(number))
-    return str(number) if name == str(number) else f"{number} ({name})"
+def lacking(
+    part: str, there: set[int], classes: Iterable[int], names: Mapping[int, str]
+) -> Iterator[str]:
+    """The note on classes that a part has no image of, if it has any image."""
+    missing = [c for c in classes if c not in there]
+    if not missing or not there:
+        return
+    told = [_told(c, names.get(c, "")) for c in missing[:8]]
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    yield f"{part} has no image of class {', '.join(told)}{more}"
+
+
+def _told(number: int, name: str) -> str:
+    return str(number) if name in ("", str(number)) else f"{number} ({name})"
 
 
 def class_folders(top: Path) -> list[Path]:

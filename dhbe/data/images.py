@@ -29,30 +29,34 @@ Encoded = Callable[[int], tuple[str, bytes]]
 """Position -> (name to show in messages, encoded image file)."""
 
 
-def image_bytes(file: Path) -> bytes:
+def image_bytes(file: Path, key: str = "") -> bytes:
     """What an image file holds.
+
+    Args:
+        key: of the config that names the file, for messages.
 
     Raises:
         DataError: it is no file, cannot be read, or is too large to be an image.
     """
+    name = f"{key}={file}" if key else str(file)
     try:
         about = file.stat()
         if stat.S_ISDIR(about.st_mode):
-            raise DataError(f"{file}: a folder, not an image file; rename or move it")
+            raise DataError(f"{name}: a folder, not an image file; rename or move it")
         if not stat.S_ISREG(about.st_mode):
-            raise DataError(f"{file}: a device or pipe, not an image file; delete it")
+            raise DataError(f"{name}: a device or pipe, not an image file; delete it")
         if about.st_size > MAX_FILE:
-            raise DataError(f"{file}: more than {MAX_FILE:,} bytes, not a readable image")
+            raise DataError(f"{name}: more than {MAX_FILE:,} bytes, not a readable image")
         return file.read_bytes()
     except ValueError as error:  # a null byte, in a table
-        raise DataError(f"{str(file)!r}: not the name of a file ({error})") from error
+        raise DataError(f"{name!r}: not the name of a file ({error})") from error
     except OSError as error:
         if file.is_symlink():
             raise DataError(
-                f"{file}: a link to {os.readlink(file)}, which cannot be read ({error.strerror}); "
+                f"{name}: a link to {os.readlink(file)}, which cannot be read ({error.strerror}); "
                 "mend or delete the link"
             ) from error
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 def unpack(

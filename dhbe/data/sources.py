@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from dhbe.core.errors import DataError
 from dhbe.core.folders import matching
 from dhbe.data import tables
-from dhbe.data.classes import SUFFIXES, class_list, labelled, numbered
+from dhbe.data.classes import SUFFIXES, class_list, labelled, lacking, numbered
 from dhbe.data.images import ImageSet, Resident, image_bytes
 from dhbe.data.reading import USUAL, Reading
 from dhbe.data.survey import assembled
@@ -78,43 +78,60 @@ class Parquet(Source):
                 f"paths.data={self.root}: no file matches {self.patterns[part]!r}; put the tables "
                 "there or set DHBE_DATA (or paths.data=) to the folder that holds them"
             )
-        table = tables.read(found, reading.image_column, reading.label_column)
         label = f"{found[0].parent}/{self.patterns[part]}"
-        numbers = self._numbers(part, table, reading)
-        return assembled(
+        table, numbers = self._numbered(part, reading)
+        labels = [numbers[x] for x in table.labels] if numbers else table.labels
+        images = assembled(
             partial(table.encoded, table=label),
-            [numbers[x] for x in table.labels] if numbers else table.labels,
+            labels,
             channels=channels,
             size=size,
             stream=stream,
             groups=_tracks(table.paths.to_pylist()) if self.by_track else None,
             how=reading.pixels,
         )
+        names = {number: name for name, number in numbers.items()}
+        notes = lacking(label, set(labels), range(reading.classes or 0), names)
+        images.notes = (*_columns(table, reading), *notes, *images.notes)
+        return images
 
-    def _numbers(self, part: Part, table: tables.Table, reading: Reading) -> dict[str, int]:
-        """Classes of labels that are texts; empty for numbers.
+    def _numbered(self, part: Part, reading: Reading) -> tuple[tables.Table, dict[str, int]]:
+        """The rows of a part, and the classes of labels that are texts; none for numbers.
 
         Raises:
             DataError: the parts name their classes differently.
         """
-        rest = {p: self.files(p) for p in self.patterns if p != part}
-        texts = bool(table.labels) and isinstance(table.labels[0], str)
-        if not texts and table.names is None:
-            return {}
         read = partial(tables.read, image=reading.image_column, label=reading.label_column)
-        others = {p: read(files) for p, files in rest.items() if files}
-        if not texts:
-            for other in others.values():
-                tables.agree(table, other)
-            return {}
-        listed = class_list(
-            reading.class_names, [Path(self.root) / self.class_list], reading.classes
+        table = read(self.files(part))
+        listed = reading.class_names
+        if not table.texts and table.names is None:
+            if listed is not None:
+                raise DataError(
+                    f"data.class_names={listed}: expected null, because the labels of "
+                    f"{self.root}/{self.patterns[part]} are numbers that bear no names"
+                )
+            return table, {}
+        paths = {p: self.files(p) for p in self.patterns if p != part}
+        others = {p: read(files, pixels=False) for p, files in paths.items() if files}
+        for other in others.values():
+            tables.agree(table, other)
+        if not table.texts and listed is None:
+            return table, {}
+        parts = {p: t.named() for p, t in ({part: table} | others).items()}
+        file = Path(self.root).expanduser() / self.class_list
+        names = {f"{self.root}/{self.patterns[p]}": t.labels for p, t in parts.items()}
+        in_order = class_list(listed, [file], reading.classes)
+        return parts[part], numbered(names, classes=reading.classes, listed=in_order, what="label")
+
+
+def _columns(table: tables.Table, reading: Reading) -> Iterator[str]:
+    image, label = table.columns
+    found = reading.image_column is None or reading.label_column is None
+    if found and (image, label) != ("image", "label"):
+        yield (
+            f"images are read from column {image}, labels from {label}; data.image_column= and "
+            "data.label_column= name others"
         )
-        names = {
-            f"{self.root}/{self.patterns[p]}": [str(x) for x in t.labels]
-            for p, t in (others | {part: table}).items()
-        }
-        return numbered(names, classes=reading.classes, listed=listed, what="label")
 
 
 def _tracks(names: Iterable[str]) -> torch.Tensor:

@@ -40,6 +40,27 @@ class Table(NamedTuple):
     columns: tuple[str, str]
     names: list[str] | None
 
+    @property
+    def texts(self) -> bool:
+        """Whether labels are texts."""
+        return bool(self.labels) and isinstance(self.labels[0], str)
+
+    def named(self) -> Table:
+        """With texts as labels, where they are numbers whose names are known.
+
+        Raises:
+            DataError: a number without a name.
+        """
+        if self.texts or self.names is None:
+            return self._replace(labels=[str(x) for x in self.labels])
+        beyond = [x for x in self.labels if not 0 <= x < len(self.names)]
+        if beyond:
+            raise DataError(
+                f"{self.folders[0]}: label {beyond[0]}, but names for 0..{len(self.names) - 1}; "
+                "write the table with a name for every label"
+            )
+        return self._replace(labels=[self.names[x] for x in self.labels])
+
     def encoded(self, row: int, table: str) -> tuple[str, bytes]:
         """(name for messages, image file) of a row."""
         path = self.paths[row].as_py()
@@ -53,22 +74,20 @@ class Table(NamedTuple):
             raise DataError(f"{table}, row {row}: {error}") from error
 
 
-def read(files: Sequence[Path], image: str | None, label: str | None) -> Table:
+def read(
+    files: Sequence[Path], image: str | None, label: str | None, *, pixels: bool = True
+) -> Table:
     """The rows of all files in order.
 
     Args:
         image, label: names of the columns; None finds them.
+        pixels: read the images too; else only their labels.
 
     Raises:
         DataError: a file is damaged, or has no such columns; names those it has.
     """
-    parts = [_read(file, image, label) for file in files]
-    kinds = {type(x) for part in parts for x in part.labels}
-    if len(kinds) > 1:
-        raise DataError(
-            f"{', '.join(str(f) for f in files)}: labels are numbers in some files and texts in "
-            "others; write them alike"
-        )
+    parts = [_read(file, image, label, pixels) for file in files]
+    parts = [part for part in parts if part.labels] or parts[:1]
     first = parts[0]
     for part in parts[1:]:
         agree(first, part)
@@ -88,20 +107,26 @@ def agree(one: Table, other: Table) -> None:
     Raises:
         DataError: the tables give them different names.
     """
+    if one.texts != other.texts and one.labels and other.labels:
+        raise DataError(
+            f"{one.folders[0]}: labels are numbers in some tables and texts in others; write them "
+            "alike"
+        )
     if None not in (one.names, other.names) and one.names != other.names:
         raise DataError(
-            f"{', '.join(map(str, one.folders[:1]))}: tables whose labels are {one.names} here and "
+            f"{one.folders[0]}: tables whose labels are {one.names} here and "
             f"{other.names} there, so a number means two classes; write them with the same names"
         )
 
 
-def _read(file: Path, image: str | None, label: str | None) -> Table:
+def _read(file: Path, image: str | None, label: str | None, pixels: bool) -> Table:
     try:
         schema = pq.read_schema(file)
         images = _column(file, schema, "image", image, IMAGES, _holds_images)
         labels = _column(file, schema, "label", label, LABELS, _holds_labels)
-        table = pq.read_table(file, columns=[images, labels])
-        blobs, paths = _images(table.column(images))
+        table = pq.read_table(file, columns=[images, labels] if pixels else [labels])
+        column = table.column(images) if pixels else pa.array([], pa.binary())
+        blobs, paths = _images(column)
         return Table(
             blobs,
             paths,
