@@ -256,7 +256,7 @@ def test_the_notes_say_what_was_done_to_images(tmp_path: Path) -> None:
     WIDE.save(tmp_path / "test" / "1" / "wide.png")
     for storage in ("resident", "stream"):
         notes = data(folder(tmp_path), storage=storage).load().notes
-        assert notes == ("t: 1 of 4 images scaled from 16 to 8 bits",)
+        assert notes == ("t test: 1 of 4 images scaled from 16 to 8 bits",)
     found = own(None, tmp_path / "test").load().notes
     assert found == ("data.test: 1 of 4 images scaled from 16 to 8 bits",)
 
@@ -434,6 +434,14 @@ def test_columns_that_cannot_be_told_are_asked_for(
         table(tmp_path / f"{part}.parquet", **columns)
     with pytest.raises(DataError, match=rf"train.parquet: .*{message}"):
         data(parquet(tmp_path), **options).load()
+
+
+def test_tables_without_rows_are_refused(tmp_path: Path) -> None:
+    table(
+        tmp_path / "train.parquet", image=pa.array([], pa.binary()), label=pa.array([], pa.int64())
+    )
+    with pytest.raises(DataError, match=r"train\*.parquet: tables without rows"):
+        data(parquet(tmp_path)).load()
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ class Parquet(Source):
             )
         label = f"{found[0].parent}/{self.patterns[part]}"
         table, numbers = self._numbered(part, reading)
+        if not table.labels:
+            raise DataError(f"{label}: tables without rows; write them anew")
         labels = [numbers[x] for x in table.labels] if numbers else table.labels
         images = assembled(
             partial(table.encoded, table=label),

@@ -124,7 +124,8 @@ class Data:
             reading=self.reading,
         )
         train, test = read("train"), read("test")
-        notes = tuple(f"{spec.name}: {n}" for s in (train, test) for n in s.notes)
+        parts = {f"{spec.name} train": train, f"{spec.name} test": test}
+        notes = tuple(f"{part}: {note}" for part, s in parts.items() for note in s.notes)
         for part, images in (("train", train), ("test", test)):
             low, high = int(images.labels.min()), int(images.labels.max())
             if low < 0 or high >= spec.classes:
