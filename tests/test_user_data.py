@@ -437,9 +437,8 @@ def test_columns_that_cannot_be_told_are_asked_for(
 
 
 def test_tables_without_rows_are_refused(tmp_path: Path) -> None:
-    table(
-        tmp_path / "train.parquet", image=pa.array([], pa.binary()), label=pa.array([], pa.int64())
-    )
+    none = {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
+    table(tmp_path / "train.parquet", **none)
     with pytest.raises(DataError, match=r"train\*.parquet: tables without rows"):
         data(parquet(tmp_path)).load()
 
