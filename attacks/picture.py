@@ -50,7 +50,9 @@ class Picture(Attack):
         super().__init__(**options)
         del content
         canvas = self.spec.image_size
-        picture = unpack(f"attack.path={path}", image_bytes(Path(path)), "RGBA")
+        picture = unpack(
+            f"attack.path={path}", image_bytes(Path(path).expanduser(), "attack.path"), "RGBA"
+        )
         if max(picture.size) > canvas:
             picture = picture.resize((canvas, canvas), Image.Resampling.BILINEAR)
         size = {"row": picture.height, "column": picture.width}

@@ -171,4 +171,5 @@ class Gallery(pl.Callback):
         images, patches = pl_module.sample(PICTURES, self.noise)
         recorder.picture(f"generated_{epoch + 1:04d}", self.network.denormalize(images))
         if patches is not None:
-            recorder.picture(f"patches_{epoch + 1:04d}", (patches + 1) / 2)  # grey: no change
+            levels = (self.network.turned(patches) + 1) / 2  # grey: no change
+            recorder.picture(f"patches_{epoch + 1:04d}", levels)

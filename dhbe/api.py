@@ -90,8 +90,10 @@ def purify(
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
         "test": None if test is None else str(test),
-        "content": identity.content(Path(f) for f in (clean, test) if f is not None),
     }
+    listed = tree["data"]["class_names"]
+    named = (clean, test, listed if isinstance(listed, str) else None)
+    tree["data"]["content"] = identity.content(Path(f) for f in named if f is not None)
     tree["trigger"] = None if trigger is None else str(trigger)
     network = copied(model).to(device="cpu", dtype=torch.float32).eval()
     notes = fitted(network, tree["data"])

@@ -25,7 +25,7 @@ import torchvision
 from PIL import Image
 
 from dhbe.checkpoint import CheckpointFile
-from dhbe.core.errors import ArtefactError, DataError
+from dhbe.core.errors import ArtefactError, ConfigError, DataError
 from dhbe.data import OwnImages, Resident
 from dhbe.data.sources import Torchvision
 from dhbe.evaluation.evaluator import Evaluator
@@ -299,6 +299,11 @@ def test_bad_images_are_named_and_skipped_only_when_asked(folder: Path, kind: st
     assert splits is not None
     assert splits.test.labels.tolist() == [0, 0, 2, 2]
     assert splits.skipped == (str(folder / "2" / "bad.png"),)
+
+
+def test_only_colour_images_have_an_order(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.order=bgr: expected rgb .*data.channels=1"):
+        own(folder, order="bgr", channels=1)
 
 
 def test_folders_that_are_not_the_classes_are_refused(folder: Path) -> None:

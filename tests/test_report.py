@@ -286,6 +286,27 @@ def test_few_victims_order_nothing(tmp_path: Path) -> None:
     assert ranking(table[table["seed"] > 0])["rank"].tolist() == ["1–2", "1–2"]
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """Linked cells and folders of cells; loops and broken links are no reason to stop."""
+    write_cell(tmp_path / "store" / "c0", seed=0, asr=0.1)
+    write_cell(tmp_path / "store" / "c1", seed=1, asr=0.1)
+    (tmp_path / "store" / ".c2.failed.json").write_text(
+        json.dumps({"choices": {}, "overrides": [], "seed": 2, "error": "E", "message": "m"})
+    )
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "linked").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "back").symlink_to(results)
+    (results / "gone").symlink_to(tmp_path / "nowhere")
+    table = collect([results])
+    assert sorted(table["seed"]) == [0, 1]
+    assert {Path(f).parent for f in table["folder"]} == {results / "linked"}
+    assert failures([results], table)["seed"].tolist() == [2]
+    (results / "cell").symlink_to(tmp_path / "store" / "c0")
+    assert sorted(collect([results])["seed"]) == [0, 1]
+    assert collect([results / "cell"])["seed"].tolist() == [0]
+
+
 def test_unknown_columns_are_named(cells: Path) -> None:
     with pytest.raises(ValueError, match="--where speed=1: no such column; there are"):
         select(collect([cells]), ["speed=1"])

@@ -17,6 +17,7 @@ from dhbe.data import Resident
 from dhbe.methods.adversarial import pgd
 from dhbe.methods.losses import diversity
 from dhbe.methods.patterns import frozen_call, min_max, optimize, selected_features, smooth
+from dhbe.models import Normalized
 from tests.conftest import make_spec
 from tests.support.attacks import batch, build, prepare, tiny
 
@@ -74,6 +75,22 @@ def test_a_picture_by_hand(compose_config) -> None:
         build("picture", compose_config, SPEC32, path="absent.png")
     with pytest.raises(DataError, match=r"attack.path=.*\.py: not a readable image"):
         build("picture", compose_config, SPEC32, path=__file__)
+
+
+def test_images_and_triggers_are_rgb_whatever_order_the_network_takes(compose_config) -> None:
+    """A network of order BGR gets image, picture and any other trigger turned round, once."""
+    spec = make_spec(image_size=32, order="bgr", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
+    around = Normalized(torch.nn.Flatten(), spec)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("picture", "badnets"):
+        attack = build(name, compose_config, spec)
+        rgb = build(name, compose_config, SPEC32)
+        where = {"y": torch.zeros(2), "index": torch.arange(2)}
+        stamped = attack.apply(x, **where)
+        assert torch.equal(stamped, rgb.apply(x, **where))
+        blue = (stamped[:, 2] - 0.1) / 1.0
+        torch.testing.assert_close(around(stamped).view_as(x)[:, 0], blue)
+    torch.testing.assert_close(around.denormalize(around.normalize(x)), x)
 
 
 def test_blend_by_hand(compose_config) -> None:

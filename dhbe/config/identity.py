@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dhbe.core.folders import below
 from dhbe.core.paths import PACKAGE
 
 VICTIM = ("data", "model", "attack", "victim", "seed")
@@ -33,6 +35,10 @@ NEUTRAL = (
 """Options that change neither case nor method, or that the names tell."""
 LATER = {**SWITCHES, "recompute": False, "count": False}
 """Options that older runs do not have; with these values they make no difference to them."""
+
+
+SMALL = 64 * 2**20
+"""Bytes of a folder whose files are read to know it."""
 
 
 def fingerprint(value: Any) -> str:
@@ -74,6 +80,9 @@ def victim_recipe(
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = images
     recipe["victim"] = {k: v for k, v in recipe["victim"].items() if k not in TOLD}
+    source = tree["data"].get("source") or {}
+    if source.get("content"):  # a user's files: the fingerprint sees but some of the images
+        recipe["content"] = source["content"]
     if not attacked:
         recipe["attack"] = None
     return recipe
@@ -82,21 +91,46 @@ def victim_recipe(
 def content(paths: Iterable[Path]) -> str:
     """Fingerprint of a user's files: their bytes; of folders names, sizes and times of all files.
 
-    Empty if nothing is there; who reads them says so in its own words.
+    Links are followed. Small folders are known by the bytes of their files as well: an archive may
+    unpack another version with the same times. Empty if nothing is there, and what cannot be read
+    counts as such; who reads the files says so in its own words.
     """
-    states = [_state(path) for path in paths if path.exists()]
+    states = [_state(path) for path in paths if os.path.exists(path)]
     return fingerprint(states) if states else ""
 
 
 def _state(path: Path) -> list[Any]:
-    if path.is_file():
+    if not os.path.isdir(path):
+        return [path.name, _digest(path)]
+    unread: list[str] = []
+    files = [f for f in below(path, lambda e: unread.append(str(e))) if not os.path.isdir(f)]
+    found: list[list[Any]] = [[f.relative_to(path).as_posix(), *_stamp(f)] for f in files]
+    if sum(state[1] for state in found) <= SMALL:
+        return [[*state, _digest(f)] for state, f in zip(found, files, strict=True)] + unread
+    return found + unread
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time; zeros of a broken link."""
+    try:
+        about = file.stat()
+    except OSError:
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes; empty for what is no file or cannot be read."""
+    found = hashlib.sha256()
+    try:
+        if not path.is_file():
+            return ""
         with path.open("rb") as file:
-            found = hashlib.sha256()
             while block := file.read(2**20):
                 found.update(block)
-        return [path.name, found.hexdigest()]
-    files = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
-    return [[f.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns] for f, s in files]
+    except OSError:
+        return ""
+    return found.hexdigest()
 
 
 def _relative(node: Any, roots: list[str]) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dhbe.config.identity import cell, content
 from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.core.errors import DHBEError
+from dhbe.core.folders import matching
 from dhbe.core.machine import cells_at_once
 from dhbe.core.paths import PACKAGE
 
@@ -69,8 +70,9 @@ def _content(*keys: str, _parent_: DictConfig) -> str:
             continue
         place = Path(str(values[0])).expanduser()
         if len(values) > 1:
-            with suppress(NotImplementedError, ValueError):  # no pattern below a folder
-                paths += sorted(place.glob(str(values[1])))
+            paths += matching(place, str(values[1]))
         else:
-            paths.append(place if place.exists() else Path(str(values[0]).rpartition(":")[0]))
+            paths.append(
+                place if os.path.exists(place) else Path(str(values[0]).rpartition(":")[0])
+            )
     return content(p for p in paths if p != Path())

@@ -64,7 +64,8 @@ def schema(component: Any) -> dict[str, Parameter]:
                 continue
             (options,) = get_args(hints[name])
             for key, annotation in get_type_hints(options, include_extras=True).items():
-                found[key] = Parameter(annotation=annotation, required=True)
+                required = key in options.__required_keys__
+                found[key] = Parameter(annotation=annotation, required=required)
         elif name != "self":
             annotation = hints.get(name, Any)
             found[name] = Parameter(annotation=annotation, required=p.default is p.empty)

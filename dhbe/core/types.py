@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ class DataSpec:
         flip: whether a horizontal mirror keeps the label (not so for digits and some signs).
         crop_padding: pixels of zero padding for the random crop; 0 switches it off.
         balanced: whether all classes have the same number of training images.
+        order: of the channels that the network takes; images are RGB everywhere, and ``mean`` and
+            ``std`` are in this order.
     """
 
     name: str
@@ -29,6 +31,7 @@ class DataSpec:
     flip: bool
     crop_padding: int
     balanced: bool
+    order: Literal["rgb", "bgr"] = "rgb"
 
     @property
     def shape(self) -> tuple[int, int, int]:

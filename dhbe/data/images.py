@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dhbe.core.errors import DataError
+from dhbe.data.pixels import AS_USUAL, Pixels, Say, unsaid
 
 MAX_PIXELS = 64_000_000
 """Of one image, checked before it is unpacked."""
@@ -26,22 +29,43 @@ Encoded = Callable[[int], tuple[str, bytes]]
 """Position -> (name to show in messages, encoded image file)."""
 
 
-def image_bytes(file: Path) -> bytes:
+def image_bytes(file: Path, key: str = "") -> bytes:
     """What an image file holds.
 
+    Args:
+        key: of the config that names the file, for messages.
+
     Raises:
-        DataError: it cannot be read, or is too large to be an image.
+        DataError: it is no file, cannot be read, or is too large to be an image.
     """
+    name = f"{key}={file}" if key else str(file)
     try:
-        if file.stat().st_size > MAX_FILE:
-            raise DataError(f"{file}: more than {MAX_FILE:,} bytes, not a readable image")
+        about = file.stat()
+        if stat.S_ISDIR(about.st_mode):
+            raise DataError(f"{name}: a folder, not an image file; rename or move it")
+        if not stat.S_ISREG(about.st_mode):
+            raise DataError(f"{name}: a device or pipe, not an image file; delete it")
+        if about.st_size > MAX_FILE:
+            raise DataError(f"{name}: more than {MAX_FILE:,} bytes, not a readable image")
         return file.read_bytes()
+    except ValueError as error:  # a null byte, in a table
+        raise DataError(f"{name!r}: not the name of a file ({error})") from error
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        if file.is_symlink():
+            raise DataError(
+                f"{name}: a link to {os.readlink(file)}, which cannot be read ({error.strerror}); "
+                "mend or delete the link"
+            ) from error
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
 
 
-def unpack(name: str, blob: bytes, mode: str) -> Image.Image:
-    """Encoded image -> Pillow image in ``mode``.
+def unpack(
+    name: str, blob: bytes, mode: str, how: Pixels = AS_USUAL, say: Say = unsaid
+) -> Image.Image:
+    """Encoded image -> Pillow image in ``mode``: L or RGB, LA or RGBA with transparency.
+
+    Args:
+        say: takes remarks on what was done to the image.
 
     Raises:
         DataError: the bytes are not a readable image.
@@ -52,21 +76,37 @@ def unpack(name: str, blob: bytes, mode: str) -> Image.Image:
                 raise ValueError("animated; which frame is meant?")
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels, at most {MAX_PIXELS:,}")
-            return opened.convert(mode)
+            return how(opened, mode, say)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not a readable image ({error}); replace or delete it") from error
 
 
-def decode(name: str, blob: bytes, channels: int, size: int) -> np.ndarray:
+def mode_of(channels: int, name: str) -> str:
+    """Pillow's name of so many channels.
+
+    Raises:
+        DataError: no image file has so many.
+    """
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise DataError(f"{name}: an image file has 1 to 4 channels, the network takes {channels}")
+    return modes[channels]
+
+
+def decode(
+    name: str,
+    blob: bytes,
+    channels: int,
+    size: int,
+    how: Pixels = AS_USUAL,
+    say: Say = unsaid,
+) -> np.ndarray:
     """Encoded image -> uint8 (C, size, size); other sizes are resized bilinearly.
 
     Raises:
         DataError: the bytes are not a readable image.
     """
-    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise DataError(f"{name}: an image file has 1 to 4 channels, the network takes {channels}")
-    image = unpack(name, blob, modes[channels])
+    image = unpack(name, blob, mode_of(channels, name), how, say)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
@@ -81,6 +121,8 @@ class ImageSet(ABC):
 
     labels: Tensor
     groups: Tensor | None
+    notes: tuple[str, ...] = ()
+    """What a reader of the result has to know of how these images were read."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,7 +193,9 @@ class Streamed(ImageSet):
         positions: Tensor | None = None,
         groups: Tensor | None = None,
         workers: int = 2,
+        how: Pixels = AS_USUAL,
     ) -> None:
+        self.how = how
         self.encoded, self.labels, self.groups = encoded, labels, groups
         self.positions = torch.arange(len(labels)) if positions is None else positions
         self.channels, self.size, self.workers = channels, size, workers
@@ -166,6 +210,7 @@ class Streamed(ImageSet):
             positions=self.positions[index],
             groups=None if self.groups is None else self.groups[index],
             workers=self.workers,
+            how=self.how,
         )
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -191,27 +236,4 @@ class _Decoded(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         s = self.source
         name, blob = s.encoded(int(s.positions[index]))
-        return torch.from_numpy(decode(name, blob, s.channels, s.size).copy())
-
-
-def in_memory(
-    encoded: Encoded,
-    labels: Sequence[int],
-    *,
-    channels: int,
-    size: int,
-    groups: Tensor | None = None,
-) -> Resident:
-    """Decode everything now, one thread per core (Pillow releases the interpreter lock)."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    images = torch.empty((len(labels), channels, size, size), dtype=torch.uint8)
-    target = images.numpy()
-
-    def fill(position: int) -> None:
-        target[position] = decode(*encoded(position), channels, size)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(len(labels)), chunksize=256):
-            pass
-    return Resident(images, torch.as_tensor(labels, dtype=torch.int64), groups)
+        return torch.from_numpy(decode(name, blob, s.channels, s.size, s.how).copy())

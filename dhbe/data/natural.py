@@ -52,5 +52,5 @@ def natural_inputs(spec: DataSpec) -> tuple[list[float], list[float]] | None:
     ((shift, scale),) = pairs
     one = DIGITS if spec.image_size == 28 else GREY
     known = COLOUR if spec.channels == 3 else tuple(v * spec.channels for v in one)
-    mean, std = known
+    mean, std = known if spec.order == "rgb" else tuple(values[::-1] for values in known)
     return [(m - shift) / scale for m in mean], [s / scale for s in std]

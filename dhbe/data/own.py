@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Le
+from typing_extensions import Unpack
 
 from dhbe.core.errors import DataError, got
 from dhbe.core.types import DataSpec
-from dhbe.data.images import ImageSet, Resident, decode, image_bytes
-from dhbe.data.sources import SUFFIXES
+from dhbe.data.classes import Labelled, class_folders, class_list, labelled
+from dhbe.data.images import ImageSet, Resident, image_bytes
+from dhbe.data.reading import Reading, ReadingOptions, pixels
 from dhbe.data.splits import Data, Splits
+from dhbe.data.survey import assembled
+
+CLASS_LIST = "classes.txt"
+"""In ``clean`` or ``test``: names of all classes in order."""
 
 NORMALIZATIONS: dict[str, tuple[list[float], list[float]]] = {
     "none": ([0.0], [1.0]),
@@ -36,13 +43,14 @@ class OwnImages(Data):
 
     Args:
         normalization: preset, or ``mean`` and ``std`` per channel.
-        order: of the channels that the network takes; ``bgr`` turns the images' red and blue round.
+        order: of the channels that the network takes; None is ``rgb``.
         clean: folder with one sub-folder per class; all of it goes to the defense.
         test: likewise; only the evaluation sees it.
         skip_unreadable: leave out corrupt, animated or huge images instead of stopping.
         content: fingerprint of both folders, which makes other images another config.
+        options: see ``ReadingOptions``.
 
-    Sub-folders whose names are numbers stand for these classes, others for classes in name order.
+    ``dhbe.data.classes`` says which sub-folder is which class.
     """
 
     def __init__(
@@ -60,8 +68,11 @@ class OwnImages(Data):
         test: str | None,
         skip_unreadable: bool,
         content: str = "",
+        **options: Unpack[ReadingOptions],
     ) -> None:
         del content
+        if order == "bgr" and channels != 3:
+            raise got("data.order", order, f"rgb or null with data.channels={channels}")
         mean, std = statistics(normalization, channels)
         self.spec = DataSpec(
             name=name,
@@ -73,9 +84,13 @@ class OwnImages(Data):
             flip=flip,
             crop_padding=crop_padding,
             balanced=False,
+            order=order or "rgb",
         )
         self.folders = {"data.clean": clean, "data.test": test}
-        self.skip_unreadable, self.order = skip_unreadable, order
+        self.skip_unreadable = skip_unreadable
+        self.reading = Reading(
+            classes=classes, class_names=options.get("class_names"), pixels=pixels(options)
+        )
 
     def load(self) -> Splits | None:
         """The images of both folders; None if neither is given.
@@ -83,70 +98,59 @@ class OwnImages(Data):
         Raises:
             DataError: no image, an unreadable one, or folders that do not match the classes.
         """
-        if not any(self.folders.values()):
+        given = {k: Path(f).expanduser() for k, f in self.folders.items() if f}
+        if not given:
             return None
+        lists = [folder / CLASS_LIST for folder in given.values()]
+        classes = self.spec.classes
+        listed = class_list(self.reading.class_names, lists, classes)
+        for key, folder in given.items():
+            if not class_folders(folder):
+                raise DataError(f"{key}={folder}: expected a folder with one sub-folder per class")
+        named = {f"{key}={folder}": folder for key, folder in given.items()}
+        found, notes = labelled(named, classes=classes, listed=listed)
         none = torch.empty(0, dtype=torch.int64)
         empty = Resident(torch.empty((0, *self.spec.shape), dtype=torch.uint8), none)
-        skipped: list[str] = []
-        clean, test = (
-            self._read(key, Path(folder), skipped) if folder else empty
-            for key, folder in self.folders.items()
-        )
-        pool = torch.arange(len(clean))
+        read, skipped = self._read(found)
+        sets = dict(zip(given, read, strict=True))
+        clean, test = (sets.get(key, empty) for key in self.folders)
         return Splits(
             train=empty,
             pool=clean,
             test=test,
             train_index=none,
-            pool_index=pool,
+            pool_index=torch.arange(len(clean)),
             skipped=tuple(skipped),
+            notes=(*notes, *(f"{k}: {n}" for k, s in sets.items() for n in s.notes)),
         )
 
-    def _read(self, key: str, folder: Path, skipped: list[str]) -> ImageSet:
-        images, labels = [], []
-        for file, label in labelled(key, folder, self.spec.classes):
+    def _read(self, parts: Mapping[str, Labelled]) -> tuple[list[ImageSet], list[str]]:
+        """The images of each part, and the files that were left out."""
+        sets, skipped = [], []
+        for where, files in parts.items():
+
+            def encoded(position: int, files: Labelled = files) -> tuple[str, bytes]:
+                file = files[position][0]
+                return str(file), image_bytes(file)
+
+            bad: list[int] = []
             try:
-                pixels = decode(
-                    str(file), image_bytes(file), self.spec.channels, self.spec.image_size
+                images = assembled(
+                    encoded,
+                    [label for _, label in files],
+                    channels=self.spec.channels,
+                    size=self.spec.image_size,
+                    stream=False,
+                    how=self.reading.pixels,
+                    skipped=bad if self.skip_unreadable else None,
                 )
             except DataError as error:
-                if not self.skip_unreadable:
-                    raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
-                skipped.append(str(file))
-                continue
-            turned = pixels[::-1] if self.order == "bgr" else pixels
-            images.append(torch.from_numpy(turned.copy()))
-            labels.append(label)
-        if not images:
-            raise DataError(f"{key}={folder}: no readable image in it")
-        return Resident(torch.stack(images), torch.tensor(labels))
-
-
-def labelled(key: str, folder: Path, classes: int) -> list[tuple[Path, int]]:
-    """Image files below ``folder/<class>/`` with their classes.
-
-    Raises:
-        DataError: no such folder, or sub-folders that cannot be the network's classes.
-    """
-    names = sorted(p.name for p in folder.glob("*") if p.is_dir())
-    if not names:
-        raise DataError(f"{key}={folder}: expected a folder with one sub-folder per class")
-    numbers = {n: int(n) if n.isdecimal() else -1 for n in names}
-    if all(n >= 0 for n in numbers.values()):
-        if max(numbers.values()) >= classes:
-            raise DataError(
-                f"{key}={folder}: sub-folder {max(numbers.values())}, but the network "
-                f"has classes 0..{classes - 1}"
-            )
-    elif len(names) == classes:
-        numbers = {n: i for i, n in enumerate(names)}
-    else:
-        raise DataError(
-            f"{key}={folder}: {len(names)} sub-folders for {classes} classes; name them by the "
-            f"numbers 0..{classes - 1}, or have one for every class"
-        )
-    files = [(f, label) for n, label in numbers.items() for f in sorted((folder / n).rglob("*"))]
-    return [(f, label) for f, label in files if f.suffix.lower() in SUFFIXES and f.is_file()]
+                raise DataError(f"{error}; data.skip_unreadable=true leaves it out") from error
+            if not len(images):
+                raise DataError(f"{where}: no readable image in it")
+            sets.append(images)
+            skipped += [str(files[i][0]) for i in bad]
+        return sets, skipped
 
 
 def statistics(

@@ -3,105 +3,137 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from dhbe.core.errors import DataError
-from dhbe.data.images import Encoded, ImageSet, Resident, Streamed, in_memory
+from dhbe.core.folders import matching
+from dhbe.data import tables
+from dhbe.data.classes import SUFFIXES, class_list, labelled, lacking, numbered
+from dhbe.data.images import ImageSet, Resident, image_bytes
+from dhbe.data.reading import USUAL, Reading
+from dhbe.data.survey import assembled
 
 Part = Literal["train", "test"]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 
 class Source(ABC):
     """One data set on disk."""
 
     @abstractmethod
-    def load(self, part: Part, *, channels: int, size: int, stream: bool) -> ImageSet:
+    def load(
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+    ) -> ImageSet:
         """Read the official training or test part.
 
         Args:
             channels, size: what the images are converted to.
             stream: decode on demand instead of now.
+            reading: what the user says of files and labels.
 
         Raises:
             DataError: files are missing or unreadable; the message names the place and the remedy.
         """
 
 
-def _assemble(
-    encoded: Encoded,
-    labels: Sequence[int],
-    *,
-    channels: int,
-    size: int,
-    stream: bool,
-    groups: torch.Tensor | None = None,
-) -> ImageSet:
-    if stream:
-        targets = torch.as_tensor(labels, dtype=torch.int64)
-        return Streamed(encoded, targets, channels=channels, size=size, groups=groups)
-    return in_memory(encoded, labels, channels=channels, size=size, groups=groups)
-
-
 class Parquet(Source):
-    """Parquet tables with columns ``image: struct<bytes, path>`` and ``label: int64``.
+    """Parquet tables with a column of images and one of labels.
 
-    The layout that Hugging Face ``datasets`` writes. ``by_track`` groups the rows by the prefix of
-    the file name before its last ``_`` (GTSRB: 30 video frames of one physical sign). ``content``
-    is the fingerprint of a user's tables, which makes other images another config.
+    The layouts that Hugging Face ``datasets`` writes, and others; see ``dhbe.data.tables``.
+    ``by_track`` groups the rows by the prefix of the file name before its last ``_`` (GTSRB: 30
+    video frames of one physical sign). ``class_list`` is a file in ``root`` that names the classes
+    in order, if it is there and labels are texts. ``content`` is the fingerprint of a user's
+    tables, which makes other images another config.
     """
 
     def __init__(
-        self, *, root: str, train: str, test: str, by_track: bool = False, content: str = ""
+        self,
+        *,
+        root: str,
+        train: str,
+        test: str,
+        by_track: bool = False,
+        class_list: str = "classes.txt",
+        content: str = "",
     ) -> None:
         del content
         self.root, self.patterns, self.by_track = root, {"train": train, "test": test}, by_track
+        self.class_list = class_list
 
-    def files(self, part: Part) -> list[Path]:
+    def files(self, part: str) -> list[Path]:
         """Tables of this part, in name order; empty if there are none."""
-        return sorted(Path(self.root).glob(self.patterns[part]))
+        return matching(Path(self.root).expanduser(), self.patterns[part])
 
-    def load(self, part: Part, *, channels: int, size: int, stream: bool) -> ImageSet:
+    def load(
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+    ) -> ImageSet:
         found = self.files(part)
         if not found:
             raise DataError(
                 f"paths.data={self.root}: no file matches {self.patterns[part]!r}; put the tables "
                 "there or set DHBE_DATA (or paths.data=) to the folder that holds them"
             )
-        table = pa.concat_tables([_read(f) for f in found])
-        images = table.column("image").combine_chunks()
-        blobs, names = images.field("bytes"), images.field("path")
         label = f"{found[0].parent}/{self.patterns[part]}"
-
-        def encoded(position: int) -> tuple[str, bytes]:
-            name = f"{label}, row {position} ({names[position].as_py()})"
-            return name, blobs[position].as_py() or b""
-
-        groups = _tracks(names.to_pylist()) if self.by_track else None
-        labels = table.column("label").to_pylist()
-        return _assemble(
-            encoded, labels, channels=channels, size=size, stream=stream, groups=groups
+        table, numbers = self._numbered(part, reading)
+        if not table.labels:
+            raise DataError(f"{label}: tables without rows; write them anew")
+        labels = [numbers[x] for x in table.labels] if numbers else table.labels
+        images = assembled(
+            partial(table.encoded, table=label),
+            labels,
+            channels=channels,
+            size=size,
+            stream=stream,
+            groups=_tracks(table.paths.to_pylist()) if self.by_track else None,
+            how=reading.pixels,
         )
+        names = {number: name for name, number in numbers.items()}
+        notes = lacking(label, set(labels), range(reading.classes or 0), names)
+        images.notes = (*_columns(table, reading), *notes, *images.notes)
+        return images
+
+    def _numbered(self, part: Part, reading: Reading) -> tuple[tables.Table, dict[str, int]]:
+        """The rows of a part, and the classes of labels that are texts; none for numbers.
+
+        Raises:
+            DataError: the parts name their classes differently.
+        """
+        read = partial(tables.read, image=reading.image_column, label=reading.label_column)
+        table = read(self.files(part))
+        listed = reading.class_names
+        if not table.texts and table.names is None:
+            if listed is not None:
+                raise DataError(
+                    f"data.class_names={listed}: expected null, because the labels of "
+                    f"{self.root}/{self.patterns[part]} are numbers that bear no names"
+                )
+            return table, {}
+        paths = {p: self.files(p) for p in self.patterns if p != part}
+        others = {p: read(files, pixels=False) for p, files in paths.items() if files}
+        for other in others.values():
+            tables.agree(table, other)
+        if not table.texts and listed is None:
+            return table, {}
+        parts = {p: t.named() for p, t in ({part: table} | others).items()}
+        file = Path(self.root).expanduser() / self.class_list
+        names = {f"{self.root}/{self.patterns[p]}": t.labels for p, t in parts.items()}
+        in_order = class_list(listed, [file], reading.classes)
+        return parts[part], numbered(names, classes=reading.classes, listed=in_order, what="label")
 
 
-def _read(file: Path) -> pa.Table:
-    try:
-        table = pq.read_table(file, columns=["image", "label"])
-        images, labels = (table.column(c).combine_chunks() for c in ("image", "label"))
-        images.field("bytes")
-        images.field("path").to_pylist()  # a name that is no text fails here, not in a message
-        if labels.null_count or not pa.types.is_integer(labels.type):
-            raise ValueError("labels that are not whole numbers")
-        return table
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: not a readable image table ({error}); fetch it anew") from error
+def _columns(table: tables.Table, reading: Reading) -> Iterator[str]:
+    image, label = table.columns
+    found = reading.image_column is None or reading.label_column is None
+    if found and (image, label) != ("image", "label"):
+        yield (
+            f"images are read from column {image}, labels from {label}; data.image_column= and "
+            "data.label_column= name others"
+        )
 
 
 def _tracks(names: Iterable[str]) -> torch.Tensor:
@@ -110,20 +142,35 @@ def _tracks(names: Iterable[str]) -> torch.Tensor:
 
 
 class Folder(Source):
-    """``root/<part>/<class name>/<image>``; classes are numbered in sorted order of the names.
+    """``root/<part>/<class name>/<image>``; ``dhbe.data.classes`` numbers the classes.
 
-    ``content`` is the fingerprint of the images, which makes others another config.
+    ``class_list`` is a file in ``root`` or in a part that names all classes in order, if it is
+    there. ``content`` is the fingerprint of the images, which makes others another config.
     """
 
-    def __init__(self, *, root: str, train: str, test: str, content: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        root: str,
+        train: str,
+        test: str,
+        class_list: str = "classes.txt",
+        content: str = "",
+    ) -> None:
         del content
         self.root, self.parts = root, {"train": train, "test": test}
+        self.class_list = class_list
 
-    def load(self, part: Part, *, channels: int, size: int, stream: bool) -> ImageSet:
-        top = Path(self.root) / self.parts[part]
-        classes = sorted(p for p in top.glob("*") if p.is_dir())
-        files = [(f, i) for i, c in enumerate(classes) for f in sorted(c.rglob("*"))]
-        files = [(f, i) for f, i in files if f.suffix.lower() in SUFFIXES]
+    def load(
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+    ) -> ImageSet:
+        root = Path(self.root).expanduser()
+        folders = {str(root / name): root / name for name in self.parts.values()}
+        lists = [folder / self.class_list for folder in (root, *folders.values())]
+        listed = class_list(reading.class_names, lists, reading.classes)
+        top = str(root / self.parts[part])
+        found, notes = labelled(folders, classes=reading.classes, listed=listed, only=top)
+        files = found[top]
         if not files:
             raise DataError(
                 f"{top}: no images; expected {top}/<class name>/<image file> "
@@ -132,10 +179,18 @@ class Folder(Source):
 
         def encoded(position: int) -> tuple[str, bytes]:
             file = files[position][0]
-            return str(file), file.read_bytes()
+            return str(file), image_bytes(file)
 
-        labels = [i for _, i in files]
-        return _assemble(encoded, labels, channels=channels, size=size, stream=stream)
+        images = assembled(
+            encoded,
+            [label for _, label in files],
+            channels=channels,
+            size=size,
+            stream=stream,
+            how=reading.pixels,
+        )
+        images.notes = (*notes, *images.notes)
+        return images
 
 
 class Torchvision(Source):
@@ -156,7 +211,9 @@ class Torchvision(Source):
         self.dataset, self.root, self.download = dataset, root, download
         self.arguments = {"train": train, "test": test}
 
-    def load(self, part: Part, *, channels: int, size: int, stream: bool) -> ImageSet:
+    def load(
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+    ) -> ImageSet:
         from torchvision import datasets
 
         try:
@@ -190,6 +247,8 @@ class FirstFound(Source):
     def __init__(self, *, parquet: Parquet, otherwise: Source) -> None:
         self.parquet, self.otherwise = parquet, otherwise
 
-    def load(self, part: Part, *, channels: int, size: int, stream: bool) -> ImageSet:
+    def load(
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+    ) -> ImageSet:
         source = self.parquet if self.parquet.files(part) else self.otherwise
-        return source.load(part, channels=channels, size=size, stream=stream)
+        return source.load(part, channels=channels, size=size, stream=stream, reading=reading)

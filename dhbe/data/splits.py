@@ -9,11 +9,13 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
+from typing_extensions import Unpack
 
 from dhbe.core.errors import ConfigError, DataError
 from dhbe.core.rng import generator
 from dhbe.core.types import DataSpec
 from dhbe.data.images import ImageSet
+from dhbe.data.reading import Reading, ReadingOptions, pixels
 from dhbe.data.sources import Source
 
 SIZES = tuple(sorted(base * 2**k for base in (5, 6, 7, 8) for k in range(6)))
@@ -26,6 +28,7 @@ class Splits:
 
     Attributes:
         skipped: files that could not be read and were left out.
+        notes: what a reader of the result has to know of how the images were read.
     """
 
     train: ImageSet
@@ -34,6 +37,7 @@ class Splits:
     train_index: Tensor
     pool_index: Tensor
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Data:
@@ -46,6 +50,9 @@ class Data:
             of a data set leave the same images untouched.
         storage: ``resident`` keeps all images on the device, ``stream`` decodes them in workers.
         limit: keep only the first ``limit`` images of each part, drawn class-balanced (0: all).
+        image_column, label_column: of tables; None finds them.
+        content: fingerprint of the file behind ``class_names``.
+        options: see ``ReadingOptions``.
     """
 
     def __init__(
@@ -66,7 +73,12 @@ class Data:
         storage: Literal["resident", "stream"],
         limit: Annotated[int, Ge(0)],
         source: Source | None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        content: str = "",
+        **options: Unpack[ReadingOptions],
     ) -> None:
+        del content
         if not len(mean) == len(std) == channels:
             raise ConfigError(
                 f"data.mean={mean}, data.std={std}: expected one value per channel "
@@ -83,6 +95,13 @@ class Data:
             crop_padding=crop_padding,
             balanced=balanced,
         )
+        self.reading = Reading(
+            classes=classes,
+            class_names=options.get("class_names"),
+            pixels=pixels(options),
+            image_column=image_column,
+            label_column=label_column,
+        )
         self.train_size, self.pool_fraction, self.split_seed = train_size, pool_fraction, split_seed
         self.stream, self.limit, self.source = storage == "stream", limit, source
 
@@ -98,9 +117,15 @@ class Data:
             return None
         spec = self.spec
         read = partial(
-            self.source.load, channels=spec.channels, size=spec.image_size, stream=self.stream
+            self.source.load,
+            channels=spec.channels,
+            size=spec.image_size,
+            stream=self.stream,
+            reading=self.reading,
         )
         train, test = read("train"), read("test")
+        parts = {f"{spec.name} train": train, f"{spec.name} test": test}
+        notes = tuple(f"{part}: {note}" for part, s in parts.items() for note in s.notes)
         for part, images in (("train", train), ("test", test)):
             low, high = int(images.labels.min()), int(images.labels.max())
             if low < 0 or high >= spec.classes:
@@ -128,6 +153,7 @@ class Data:
             test=test,
             train_index=keep,
             pool_index=pool,
+            notes=notes,
         )
 
 

@@ -39,6 +39,8 @@ def caveats(
 
 
 def _about_data(splits: Splits | None) -> Iterator[str]:
+    if splits is not None:
+        yield from splits.notes
     if splits is not None and splits.skipped:
         shown = ", ".join(splits.skipped[:8])
         yield f"{len(splits.skipped)} unreadable images were skipped: {shown}"

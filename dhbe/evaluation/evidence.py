@@ -165,7 +165,8 @@ class Probe:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return self._judge(clean, attacked)
+        rates, patches = self._judge(clean, attacked)
+        return rates, network.turned(patches)
 
     @torch.no_grad()
     def _judge(

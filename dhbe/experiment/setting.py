@@ -126,9 +126,10 @@ class Setting:
             return self.evaluator.predict_once(network, (sha256, *rounding))
 
     def caveats(self, before: Predictions | None) -> list[str]:
-        """Caveats for the report, where the victim is a foreign checkpoint."""
+        """Caveats for the report: on the images, and on a victim that is a foreign checkpoint."""
         if self.parts.source.trains:
-            return list(self.parts.source.assumed)
+            notes = [] if self.splits is None else self.splits.notes
+            return [*self.parts.source.assumed, *notes]
         return caveats(
             assumed=self.parts.source.assumed,
             splits=self.splits,

@@ -1,4 +1,4 @@
-"""Normalisation as the network's first layer: the outside world deals in pixels in [0, 1]."""
+"""Normalisation as the network's first layer: outside it there are RGB pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dhbe.core.types import DataSpec
 
 
 class Normalized(nn.Module):
-    """Network over pixels: ``network((x - mean) / std)``.
+    """Network over RGB pixels: ``network((x - mean) / std)``, x turned to the network's order.
 
     Args:
         network: takes normalised images (B, C, H, W), gives logits (B, classes).
-        spec: holds mean and std per channel.
+        spec: holds mean and std per channel, and the order of the channels.
 
     Attributes:
         unwritten: what no weight says of this network, in words: one of the suspect's architecture
@@ -37,11 +37,15 @@ class Normalized(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Pixel space -> the network's input space."""
-        return (x - self.mean) / self.std
+        return (self.turned(x) - self.mean) / self.std
 
     def denormalize(self, x_norm: Tensor) -> Tensor:
         """The network's input space -> pixel space (not clipped)."""
-        return x_norm * self.std + self.mean
+        return self.turned(x_norm * self.std + self.mean)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Channels from RGB to the network's order, or back."""
+        return x.flip(1) if self.spec.order == "bgr" else x
 
     def around(self, network: nn.Module) -> Normalized:
         """The same normalisation around another network."""

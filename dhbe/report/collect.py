@@ -25,7 +25,7 @@ from dhbe.config.identity import LATER, NEUTRAL
 from dhbe.config.identity import METHOD as ERASED
 from dhbe.report import former
 from dhbe.report.damaged import UNREADABLE, Damage, check, damage, half_deleted
-from dhbe.report.folder import ROLES, read_metrics, speeds
+from dhbe.report.folder import ROLES, below, read_metrics, speeds
 from dhbe.report.texts import original
 
 CASE = ["data", "model", "attack", "attack_variant"]
@@ -49,7 +49,7 @@ def collect(folders: Iterable[Path], damaged: list[Damage] | None = None) -> pd.
         damaged: takes what cannot be read; it is logged as well.
     """
     folders = list(folders)
-    files = {m for f in folders for m in f.rglob("metrics.json") if m.parent.name[:1] != "."}
+    files = {m for m in below(folders) if m.name == "metrics.json" and m.parent.name[:1] != "."}
     found = [m.parent for m in sorted(files, key=lambda m: (_time(m), m))]
     options: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor() as pool:

@@ -21,6 +21,7 @@ from dhbe.report import folder as result
 from dhbe.report import former
 from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
 from dhbe.report.damaged import UNREADABLE, Damage, damage
+from dhbe.report.folder import below
 
 ABLATION = "ablation"
 """Root key of a sweep that changes one of several options at a time."""
@@ -48,7 +49,8 @@ def failures(
         "method": _kin(finished, "method", METHOD[:2]),
     }
     rows = []
-    for file in sorted({f for folder in folders for f in folder.rglob(f".*{SUFFIX}")}):
+    files = {f for f in below(folders, hidden=True) if f.name[:1] == "." and f.match(f"*{SUFFIX}")}
+    for file in sorted(files):
         cell = file.name[1:].removesuffix(SUFFIX)
         try:
             record = json.loads(file.read_text())

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dhbe.core import folders as core
+
+log = logging.getLogger(__name__)
 ROLES = ("victim", "purified")
 LABELS = {
     "acc": "clean accuracy (ACC)",
@@ -28,6 +34,21 @@ class Row:
     after: str
     before_detail: str
     after_detail: str
+
+
+def below(folders: Iterable[Path], *, hidden: bool = False) -> Iterator[Path]:
+    """Files at or below result folders, links followed; what cannot be read is said and left out.
+
+    Args:
+        hidden: those of unfinished runs and of failures as well.
+    """
+
+    def said(error: OSError) -> None:
+        if error.errno != errno.ELOOP:  # what lies there is read already
+            log.warning("%s: left out (%s)", error.filename, error.strerror)
+
+    for folder in folders:
+        yield from core.below(folder, said, hidden=hidden)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

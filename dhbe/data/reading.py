@@ -1,0 +1,54 @@
+"""What a user may say of their files: names of classes, columns of tables, pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, TypedDict
+
+from annotated_types import Ge, Le
+
+from dhbe.core.errors import got
+from dhbe.data.pixels import AS_USUAL, Pixels
+
+Level = Annotated[int, Ge(0), Le(255)]
+
+
+class ReadingOptions(TypedDict, total=False):
+    """Options under ``data.`` of the sets that a user brings.
+
+    class_names: of all classes in order, or a text file with one name a line; None: ``classes.txt``
+        beside the folders, else the folders themselves tell.
+    exif_orientation: turn images upright as their EXIF data says.
+    background: RGB colour, 0 to 255, that shows through transparent parts.
+    """
+
+    class_names: list[str] | str | None
+    exif_orientation: bool
+    background: list[Level]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """``ReadingOptions``, the number of classes (None: not asked), and columns of tables."""
+
+    classes: int | None = None
+    class_names: list[str] | str | None = None
+    pixels: Pixels = AS_USUAL
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+USUAL = Reading()
+
+
+def pixels(options: ReadingOptions) -> Pixels:
+    """The part of the options that speaks of pixels.
+
+    Raises:
+        ConfigError: a colour that is none.
+    """
+    background = tuple(options.get("background", AS_USUAL.background))
+    if len(background) != 3:
+        raise got("data.background", list(background), "three levels 0..255: red, green, blue")
+    upright = options.get("exif_orientation", AS_USUAL.exif_orientation)
+    return Pixels(exif_orientation=upright, background=background)
