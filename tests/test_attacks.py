@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dhbe.contracts.attack import Attack, NoAttack
 from dhbe.contracts.targets import AllToAll, AllToOne, SourceSpecific, target_rule
 from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
-from dhbe.core.types import CLEAN, COVER, POISON
+from dhbe.core.types import CLEAN, COVER, POISON, DataSpec
 from dhbe.data import Resident
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.evaluation.metrics import rates
@@ -298,6 +299,23 @@ def test_clean_label_rate_is_capped_with_a_warning(images: Resident) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         badnets(make_spec())
+
+
+def test_augmentation_is_the_attack_s(compose_config, spec, images, make_runtime, monkeypatch):
+    """Official recipes: FTrojan and LSB train on images as they are, the VinAI family rotates."""
+    rotating = ("wanet", "bpp", "lira", "input_aware")
+    for name in ATTACKS:
+        node = compose_config(f"attack={name}")["attack"]
+        rotates = "crop_flip_rotate" if name.startswith(rotating) else "crop_flip"
+        assert node["augmentation"] == ("none" if name in ("ftrojan", "lsb") else rotates), name
+
+    def grab(*_: object, spec: DataSpec, **__: object) -> None:
+        raise InterruptedError(spec.augmentation)
+
+    monkeypatch.setattr("dhbe.victim.train.TrainingBatches", grab)
+    attack = badnets(spec, augmentation="none")
+    with pytest.raises(InterruptedError, match="none"):
+        train(tiny(spec), attack, images, SimpleNamespace(batch_size=8), make_runtime())
 
 
 def test_rule_names() -> None:

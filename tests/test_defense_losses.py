@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.cetf import Found
+from dhbe.core.types import POISON
 from dhbe.data import DefenderData, Resident
+from dhbe.experiment.summary import isolation
 from dhbe.methods.masks import Scale
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
@@ -295,8 +297,11 @@ def test_cetf_repairs(how: str, compose_config, images, make_runtime, monkeypatc
 def test_abl(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
     """Flooding at gamma; the images with the lowest loss are isolated, and only they unlearned."""
     method = build("abl", compose_config, share=0.1)
-    found = trainings(method, suspect().network, rich(images), make_runtime(), monkeypatch)
+    runtime = make_runtime()
+    found = trainings(method, suspect().network, rich(images), runtime, monkeypatch)
     assert list(found) == ["isolate", "learn", "unlearn"]
+    plain = [t.batches.spec.augmentation for t in found.values()]
+    assert plain == ["none", "crop_flip", "none"], "as in the official code"
     network = found["isolate"].network.eval()
     batch = next(iter(found["isolate"].batches))
     x, y = batch.images, batch.labels
@@ -314,6 +319,17 @@ def test_abl(compose_config, images: Resident, make_runtime, monkeypatch) -> Non
     assert [len(p) for p in parts] == [isolated, len(given) - isolated]
     easy = {p.numpy().tobytes() for p in given.images[each.argsort()[:isolated]]}
     assert {p.numpy().tobytes() for p in parts[0].images} == easy
+    assert torch.equal(
+        given.subset(torch.tensor(runtime.recorder.isolated)).images, parts[0].images
+    )
+    counts = parts[0].labels.bincount(minlength=4).tolist()
+    said = ", ".join(f"{n} of class {k}" for k, n in enumerate(counts) if n)
+    assert f"isolated {isolated} images ({said}; median loss " in runtime.recorder.notes[-1]
+    codes = torch.zeros(len(given), dtype=torch.int8)
+    codes[runtime.recorder.isolated[:3]] = POISON
+    found_poison = isolation(runtime.recorder.isolated, codes)
+    assert found_poison == {"isolated": {"images": isolated, "poison": 3}}
+    assert isolation(None, codes) == isolation([1], codes[:0]) == {}
     assert not {p.numpy().tobytes() for p in parts[1].images} & easy
 
 
@@ -380,6 +396,7 @@ def test_adversarial_fine_tuning(compose_config, images, make_runtime, monkeypat
     worse = torch.rand(8, 3, 16, 16)
     monkeypatch.setattr("defenses.pbe.pgd", lambda net, *_, **__: worse + float(net.training))
     t = training(method, network, granted(images, fraction=0.1), make_runtime(), monkeypatch)
+    assert t.batches.spec.augmentation == "crop_flip_rotate", "as in the official code"
     for epoch, hard in ((0, True), (1, False)):
         t.batches.set_epoch(epoch)
         batch = next(iter(t.batches))

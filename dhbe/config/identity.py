@@ -26,7 +26,7 @@ IDLE = ("progress", "recompute", "count")
 """Trainer options that change no result."""
 NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
 """Options that change neither case nor method, or that the names tell."""
-LATER = {**SWITCHES, "recompute": False, "count": False}
+LATER = {**SWITCHES, "recompute": False, "count": False, "augmentation": "crop_flip"}
 """Options that older runs do not have; with these values they make no difference to them."""
 
 
@@ -47,6 +47,8 @@ def cell(tree: dict[str, Any]) -> str:
     if isinstance(data, dict) and data.get("train_size"):
         roots = [tree["paths"]["data"], str(PACKAGE)]
         kept["data"] = data | {"source": _relative(data.get("source"), roots)}
+    if isinstance(kept.get("attack"), dict):
+        kept["attack"] = _without_later(kept["attack"])
     if isinstance(kept.get("trainer"), dict):
         idle = {*IDLE, *(k for k, v in SWITCHES.items() if kept["trainer"].get(k) == v)}
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in idle}
@@ -68,9 +70,13 @@ def victim_recipe(
         recipe["tf32"] = True
     recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("source", "storage")}
     recipe["images"] = images
-    if not attacked:
-        recipe["attack"] = None
+    recipe["attack"] = _without_later(recipe["attack"]) if attacked else None
     return recipe
+
+
+def _without_later(options: dict[str, Any]) -> dict[str, Any]:
+    """The options but those that older runs do not have and that make no difference to them."""
+    return {k: v for k, v in options.items() if LATER.get(k, ...) != v}
 
 
 def content(paths: Iterable[Path]) -> str:

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from dhbe.contracts.targets import target_rule
 from dhbe.core.errors import got
 from dhbe.core.rng import generator
-from dhbe.core.types import CLEAN, COVER, POISON, DataSpec
+from dhbe.core.types import CLEAN, COVER, POISON, Augmentation, DataSpec
 from dhbe.data import ImageSet, Resident, to_float
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
@@ -36,6 +36,7 @@ class Poisoning(TypedDict):
     target_rule: who is attacked: everyone, everyone with the next label, or some classes.
     source_classes: the classes attacked by ``source_specific``; else empty.
     pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
+    augmentation: of the victim's training; it is part of an attack's recipe.
     """
 
     spec: DataSpec
@@ -45,6 +46,7 @@ class Poisoning(TypedDict):
     target_rule: Literal["all_to_one", "all_to_all", "source_specific"]
     source_classes: list[int]
     pool: Literal["exclude_target", "all"]
+    augmentation: Augmentation
 
 
 class Attack(nn.Module):
@@ -69,7 +71,7 @@ class Attack(nn.Module):
         super().__init__()
         self.spec = options["spec"]
         self.poison_rate, self.cover_rate = options["poison_rate"], options["cover_rate"]
-        self.pool = options["pool"]
+        self.pool, self.augmentation = options["pool"], options["augmentation"]
         self.rule = target_rule(
             options["target_rule"],
             target_class=options["target_class"],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Augmentation = Literal["none", "crop_flip", "crop_flip_rotate"]
+"""What a training does to its images: nothing; the data set's random crop and mirror; the crop of
+5 of 32 pixels, rotation by at most 10 degrees and mirror of the VinAI codes (WaNet and its kin)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,7 @@ class DataSpec:
         flip: whether a horizontal mirror keeps the label (not so for digits and some signs).
         crop_padding: pixels of zero padding for the random crop; 0 switches it off.
         balanced: whether all classes have the same number of training images.
+        augmentation: of trainings; an attack's or a defense's recipe may ask for another one.
     """
 
     name: str
@@ -29,6 +34,7 @@ class DataSpec:
     flip: bool
     crop_padding: int
     balanced: bool
+    augmentation: Augmentation = "crop_flip"
 
     @property
     def shape(self) -> tuple[int, int, int]:

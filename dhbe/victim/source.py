@@ -138,4 +138,5 @@ def no_attack(spec: DataSpec) -> NoAttack:
         target_rule="all_to_one",
         source_classes=[],
         pool="exclude_target",
+        augmentation="crop_flip",
     )

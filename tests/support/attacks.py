@@ -74,5 +74,6 @@ def badnets(spec, **options) -> BadNets:
         "target_rule": "all_to_one",
         "source_classes": [],
         "pool": "exclude_target",
+        "augmentation": "crop_flip",
     }
     return BadNets(spec=spec, **(known | options))
