@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from attacks.badnets import draw
+from dhbe.config.schema import plain
 from dhbe.contracts.attack import Attack, NoAttack
 from dhbe.contracts.targets import AllToAll, AllToOne, SourceSpecific, target_rule
 from dhbe.core.errors import ConfigError
@@ -283,6 +285,25 @@ def test_covers_keep_their_label_and_carry_the_trigger(spec, images: Resident) -
     cover = codes == COVER
     assert torch.equal(given.labels[cover], images.labels[cover])
     assert (given.resident().images[cover][:, :, -1, -1] == 255).all()
+
+
+def test_a_number_of_poisoned_images_is_met_exactly(compose_config) -> None:
+    """DHBE's protocol: 300, though the defender's pool leaves 47,500 images of CIFAR-10."""
+    config = plain(compose_config("experiment=dhbe_cifar10"))
+    assert config["attack"]["poison_count"] == 300
+    spec = make_spec(classes=10, image_size=32)
+    attack = instantiate(config["attack"], _partial_=True, _convert_="all")(spec=spec)
+    labels = torch.arange(47_500) % 10
+    codes = attack.select(labels, generator(0, "c"))
+    assert int((codes == POISON).sum()) == 300
+    assert not (labels[codes == POISON] == 9).any()
+
+
+def test_an_impossible_number_is_refused(spec, images: Resident, compose_config) -> None:
+    with pytest.raises(ConfigError, match=r"attack.poison_count=61: expected at most 60"):
+        badnets(spec, poison_count=61).select(images.labels, generator(0, "c"))
+    with pytest.raises(ConfigError, match=r"attack.poison_count=3: .*set attack.poison_rate"):
+        build("wanet", compose_config, spec, poison_count=3)
 
 
 class CleanLabel(NoAttack):

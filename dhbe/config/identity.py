@@ -26,7 +26,13 @@ IDLE = ("progress", "recompute", "count")
 """Trainer options that change no result."""
 NEUTRAL = ("_target_", "threads", "progress", "observe_every", "device", "root", "storage")
 """Options that change neither case nor method, or that the names tell."""
-LATER = {**SWITCHES, "recompute": False, "count": False, "augmentation": "crop_flip"}
+LATER = {
+    **SWITCHES,
+    "recompute": False,
+    "count": False,
+    "augmentation": "crop_flip",
+    "poison_count": 0,
+}
 """Options that older runs do not have; with these values they make no difference to them."""
 
 

@@ -133,6 +133,7 @@ def no_attack(spec: DataSpec) -> NoAttack:
     return NoAttack(
         spec=spec,
         poison_rate=0.0,
+        poison_count=0,
         cover_rate=0.0,
         target_class=0,
         target_rule="all_to_one",

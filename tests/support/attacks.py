@@ -69,6 +69,7 @@ def badnets(spec, **options) -> BadNets:
         "patch_size": 3,
         "margin": 0,
         "poison_rate": 0.1,
+        "poison_count": 0,
         "cover_rate": 0.0,
         "target_class": 0,
         "target_rule": "all_to_one",
