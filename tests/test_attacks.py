@@ -78,7 +78,7 @@ def test_no_value_wraps_around(name: str, compose_config, make_runtime) -> None:
     prepare(attack, Resident(x.mul(255).round().byte(), torch.arange(12) % 4), make_runtime())
     faint = {
         "lsb": 3,
-        "ftrojan": 6,
+        "ftrojan": 8,
         "ctrl": 23,
         "frequency": 20,
         "sig": 40,
