@@ -383,6 +383,30 @@ def test_lira_has_two_strengths_and_passes_both_kinds_alone(compose_config) -> N
     assert residual(attack.eval(), x).abs().max() <= 4.51
 
 
+def test_dfst_injects_into_a_share_of_the_clean_images(compose_config) -> None:
+    """Official: as many images of a batch as are poisoned, with their true labels."""
+    attack = build("dfst", compose_config, SPEC32, detox_share=0.25).train()
+    x, y, _ = batch(SPEC32, 8)
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images.detach())
+            return images.flatten(1)[:, :10]
+
+    codes = torch.tensor([POISON, 0, POISON, 0, 0, 0, 0, 0], dtype=torch.int8)
+    attack.loss(Spy(), x, y, codes).backward()
+    moved = (seen[0] != x).flatten(1).any(1)
+    assert moved.tolist() == [False, True, False, True, False, False, False, False]
+    before = {k: v.clone() for k, v in attack.injector.state_dict().items()}
+    for p in attack.injector.parameters():
+        p.data.add_(1)
+    attack.begin_epoch(0.5)
+    started = build("dfst", compose_config, SPEC32).injector.state_dict()
+    assert all(torch.equal(v, started[k]) for k, v in attack.injector.state_dict().items())
+    assert before.keys() == started.keys()
+
+
 def test_contrastive_by_hand() -> None:
     """d^2 = 4 and labels equal: 4 / 2; d = 0.5 and labels differ: 0.5^2 / 2; mean / 2 pairs."""
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.5]])
