@@ -51,8 +51,7 @@ class NFT(Defense):
     ) -> None:
         self.pull, self.floor, self.decay = pull, floor, decay
         self.depth, self.steps = depth, steps
-        held = Stairs(shape=schedule.shape, steps=schedule.epochs)
-        self.schedule = replace(schedule, shape=held)
+        self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         clean = data.clean()
@@ -80,7 +79,7 @@ class NFT(Defense):
         runtime.train(
             network,
             clean,
-            self.schedule,
+            self.held(),
             purpose="nft",
             role="masks",
             steps=self.steps,
@@ -89,6 +88,11 @@ class NFT(Defense):
         )
         fold(layers)
         return network
+
+    def held(self) -> Schedule:
+        """The schedule with the same rate through each epoch."""
+        stairs = Stairs(shape=self.schedule.shape, steps=self.schedule.epochs)
+        return replace(self.schedule, shape=stairs)
 
     def floors(self, count: int) -> list[float]:
         """Lowest value of each of ``count`` masks."""
