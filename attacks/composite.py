@@ -15,11 +15,9 @@ from dhbe.core.errors import got
 from dhbe.core.rng import generator
 from dhbe.core.types import COVER, POISON
 from dhbe.data import ImageSet
+from dhbe.methods.losses import contrastive
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
-
-MARGIN = 10.0
-"""Distance that logits of different classes are pushed apart to, in the contrastive term."""
 
 
 class Composite(Attack):
@@ -33,8 +31,8 @@ class Composite(Attack):
             with the victim, the same partner for the same image at every evaluation. In training
             the other half comes from the batch.
         jitter: pixels of a 32-pixel image by which the cut moves at random in training.
-        similarity: weight of the contrastive term: logits of equal labels attract, of different
-            labels among a, b and target repel.
+        shake: each half is a random window of its image, not the part that lies there.
+        similarity: weight of the contrastive term (``contrastive``) over a, b and target.
         pattern_seed: assigns partners and orientation in evaluation.
     """
 
@@ -48,6 +46,7 @@ class Composite(Attack):
         *,
         partners: Annotated[int, Ge(1), Le(5000)],
         jitter: Annotated[int, Ge(0), Le(15)],
+        shake: bool,
         similarity: Annotated[float, Ge(0)],
         pattern_seed: Annotated[int, Ge(0)],
         **options: Unpack[Poisoning],
@@ -59,6 +58,7 @@ class Composite(Attack):
             )
         super().__init__(**options)
         self.sources, self.partners, self.similarity = sources, partners, similarity
+        self.shake = shake
         self.jitter, self.pattern_seed = round(jitter * self.scale), pattern_seed
         self.register_buffer("partner_images", torch.zeros(2, partners, *self.spec.shape))
         involved = torch.tensor(sources)
@@ -77,9 +77,10 @@ class Composite(Attack):
 
     def labelled_trigger(self, x: Tensor, *, y: Tensor, index: Tensor) -> Tensor:
         rng = generator(self.pattern_seed, "composite")
-        draws = torch.randint(2**31, (997, 2), generator=rng).to(x.device)[index % 997]
+        draws = torch.randint(2**31, (997, 4), generator=rng).to(x.device)[index % 997]
         middle = torch.full((len(x),), x.shape[-1] // 2, device=x.device)
-        return halves(x, self.partner(y, draws[:, 0]), draws[:, 1], middle)
+        starts = draws[:, 2:] if self.shake else None
+        return halves(x, self.partner(y, draws[:, 0]), draws[:, 1], middle, starts)
 
     def partner(self, y: Tensor, draw: Tensor) -> Tensor:
         """An image of the other source class for each label (B, C, H, W)."""
@@ -104,7 +105,8 @@ class Composite(Attack):
         stored = self.partner(y, draw(self.partners)).to(x.dtype)
         other = torch.where(alone[:, None, None, None], stored, x[chosen])
         code = codes[:, None, None, None]
-        mixed = halves(x, other, side, cut)
+        starts = torch.stack([draw(2**31), draw(2**31)], 1) if self.shake else None
+        mixed = halves(x, other, side, cut, starts)
         return torch.where((code == POISON) | (code == COVER), mixed, x)
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
@@ -112,23 +114,36 @@ class Composite(Attack):
         logits = network(x)
         loss = F.cross_entropy(logits, y)
         ours = torch.isin(y, self.involved)
-        pairs = ours[:, None] & ours
-        apart = (logits[:, None] - logits).float().square().mean(dim=2)
-        equal = y[:, None] == y
-        term = torch.where(equal, apart, (MARGIN - apart).clamp_min(0))
-        return loss + self.similarity * (term * pairs).sum() / pairs.sum().clamp_min(1)
+        return loss + self.similarity * contrastive(logits[ours].float(), y[ours])
 
 
-def halves(x: Tensor, other: Tensor, side: Tensor, cut: Tensor) -> Tensor:
+def halves(
+    x: Tensor, other: Tensor, side: Tensor, cut: Tensor, starts: Tensor | None = None
+) -> Tensor:
     """Pixels of ``x`` on one side of a cut, of ``other`` on the other side.
 
     Args:
         side: (B,) even numbers cut vertically, odd ones horizontally; 2 and 3 modulo 4 swap.
         cut: (B,) row or column of the cut.
+        starts: (B, 2) large numbers that choose, modulo the room there is, where the window of
+            either half begins in its image; None: each half stays where it is.
     """
-    at = torch.arange(x.shape[-1], device=x.device)
-    first = at < cut[:, None]  # (B, H)
-    first = first ^ (side % 4 >= 2)[:, None]
+    size = x.shape[-1]
+    at, cut = torch.arange(size, device=x.device), cut[:, None]
+    before = at < cut  # (B, size)
+    swapped = (side % 4 >= 2)[:, None]
     vertical = (side % 2 == 0)[:, None, None, None]
-    keep = torch.where(vertical, first[:, None, None, :], first[:, None, :, None])
+    if starts is not None:
+        first, second = starts[:, :1] % (size - cut).clamp_min(1), starts[:, 1:] % cut.clamp_min(1)
+        window = torch.where(before, at + first, at - cut + second)
+        x, other = (taken(images, window, vertical) for images in (x, other.to(x.dtype)))
+    mine = before ^ swapped
+    keep = torch.where(vertical, mine[:, None, None, :], mine[:, None, :, None])
     return torch.where(keep, x, other.to(x.dtype))
+
+
+def taken(images: Tensor, place: Tensor, vertical: Tensor) -> Tensor:
+    """Columns (where ``vertical``) or rows of images (B, C, H, H) from the places (B, H)."""
+    columns = place[:, None, None, :].expand(images.shape)
+    rows = place[:, None, :, None].expand(images.shape)
+    return torch.where(vertical, images.gather(3, columns), images.gather(2, rows))

@@ -18,7 +18,6 @@ from typing_extensions import Unpack
 from dhbe.contracts.attack import Attack, Fraction, Poisoning
 from dhbe.core.rng import fork
 from dhbe.methods.patterns import frozen_call
-from dhbe.models.hooks import frozen_statistics
 from dhbe.models.translator import Translator
 from dhbe.training.schedule import Adam, Player
 
@@ -31,14 +30,15 @@ class DFST(Attack):
 
     Detoxification: a feature injector learns, beside the victim, to reach the target class by a
     shift that looks small (SSIM), and the victim learns the true label of its images. Cheap
-    features are thereby denied, and the victim has to rely on the style. The paper trains a new
-    injector in each of a few rounds, on the neurons that the trigger moves most; here one plays
-    along.
+    features are thereby denied, and the victim has to rely on the style. Official code trains a
+    new injector after each epoch, on the neurons that the trigger moves most; here one plays along
+    and, with ``restart``, begins anew with each epoch.
 
     Args:
         alpha: strength of the style.
         detox_reach: largest shift of an injected image, in pixels of [0, 1].
-        detox_weight: of the injected images' loss; they leave BatchNorm's statistics alone.
+        detox_share: of a batch, clean images whose place injected ones take.
+        restart: whether the injector forgets with each epoch (its optimiser does not).
         similarity_weight: of 1 - SSIM in the injector's loss.
         widths: channels of the injector's levels.
         network_seed: initialises it.
@@ -54,7 +54,8 @@ class DFST(Attack):
         *,
         alpha: Fraction,
         detox_reach: Annotated[float, Gt(0), Le(1)],
-        detox_weight: Annotated[float, Ge(0)],
+        detox_share: Annotated[float, Gt(0), Le(1)],
+        restart: bool,
         similarity_weight: Annotated[float, Ge(0)],
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
@@ -63,7 +64,7 @@ class DFST(Attack):
     ) -> None:
         super().__init__(**options)
         self.alpha = alpha
-        self.detox_reach, self.detox_weight = detox_reach, detox_weight
+        self.detox_reach, self.detox_share, self.restart = detox_reach, detox_share, restart
         self.similarity_weight, self.injector_schedule = similarity_weight, injector_schedule
         channels, size = self.spec.channels, self.spec.image_size
         tint, glow = torch.tensor(WARM), torch.tensor([0.25, 0.10, -0.05])
@@ -74,6 +75,7 @@ class DFST(Attack):
         self.register_buffer("glow", glow[:channels, None, None] * fall[:, None].expand(size, size))
         with fork(network_seed):
             self.injector = Translator(channels, channels, widths, skips=True)
+        self.fresh = {k: v.clone() for k, v in self.injector.state_dict().items()}
 
     def trigger(self, x: Tensor) -> Tensor:
         styled = torch.einsum("dc,bchw->bdhw", self.tint.to(x.dtype), x) + self.glow
@@ -82,15 +84,21 @@ class DFST(Attack):
     def players(self) -> list[Player]:
         return [Player(network=self.injector, schedule=self.injector_schedule)]
 
+    def begin_epoch(self, progress: float) -> None:
+        del progress
+        if self.restart:
+            self.injector.load_state_dict(self.fresh)
+
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        """Victim: CE on the batch and on injected images; injector: reach the goal unnoticed."""
-        part = code.argsort(stable=True)[: max(1, len(x) // 4)]  # clean images come first
+        """Victim: CE on the batch, injected images in it; injector: reach the goal unnoticed."""
+        count = max(1, round(self.detox_share * len(x)))
+        part = code.argsort(stable=True)[:count]  # clean images come first
         clean, labels = x[part], y[part]
         shift = self.detox_reach * self.injector(2 * clean - 1).tanh()
         injected = (clean + shift).clamp(0, 1)
-        loss = F.cross_entropy(network(x), y)
-        detoxed = F.cross_entropy(frozen_statistics(network, injected.detach()), labels)
-        loss = loss + self.detox_weight * detoxed
+        images = x.clone()
+        images[part] = injected.detach().to(x.dtype)
+        loss = F.cross_entropy(network(images), y)
         reach = F.cross_entropy(frozen_call(network, injected), self.rule.goal(labels))
         alike = ssim(injected.float(), clean.float(), data_range=1.0)
         assert isinstance(alike, Tensor)

@@ -31,14 +31,15 @@ class InputAware(Attack):
     Args:
         density: share of an image that the mask may cover free of charge.
         density_weight, diversity_weight: of the losses.
-        widths: channels of both networks' levels.
-        network_seed: initialises them.
+        normalized: measure how images differ in units of the data's deviation.
+        widths, network_seed: channels of both networks' levels, and what initialises them.
         mask_schedule: training of the mask network.
         pattern_schedule: of the pattern network, beside the victim.
     """
 
     controls_training: ClassVar[bool] = True
     portable = False
+    unit: Tensor
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class InputAware(Attack):
         density: Fraction,
         density_weight: Annotated[float, Gt(0)],
         diversity_weight: Annotated[float, Gt(0)],
+        normalized: bool,
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
         network_seed: Annotated[int, Ge(0)],
         mask_schedule: AdamSchedule,
@@ -58,8 +60,10 @@ class InputAware(Attack):
         self.mask_schedule, self.pattern_schedule = mask_schedule, pattern_schedule
         channels = self.spec.channels
         with fork(network_seed):
-            self.pattern_network = Translator(channels, channels, widths)
-            self.mask_network = Translator(channels, 1, widths)
+            self.pattern_network = Translator(channels, channels, widths, normalized=True)
+            self.mask_network = Translator(channels, 1, widths, normalized=True)
+        std = torch.tensor(self.spec.std if normalized else (1.0,) * channels)
+        self.register_buffer("unit", std[:, None, None], persistent=False)
 
     def patterns(self, x: Tensor) -> Tensor:
         """Pattern p(x) (B, C, H, W) in [0, 1]."""
@@ -91,7 +95,7 @@ class InputAware(Attack):
         def loss(network: nn.Module, batch: Batch) -> Tensor:
             masks = self.masks(batch.images)
             dense = F.relu(masks - self.density).mean()
-            alike = diversity(batch.images, masks)
+            alike = diversity(batch.images / self.unit, masks)
             return self.density_weight * dense + self.diversity_weight * alike
 
         runtime.stage("mask").train(
@@ -142,4 +146,5 @@ class InputAware(Attack):
         if not pairs:
             return loss
         both = [*range(pairs), *range(len(poison), len(poison) + pairs)]
-        return loss + self.diversity_weight * diversity(source[both], patterns[both], shift=pairs)
+        seen, drawn = (t[both] / self.unit for t in (source, patterns))
+        return loss + self.diversity_weight * diversity(seen, drawn, shift=pairs)

@@ -24,7 +24,7 @@ class LF(Attack):
     DeepFool loop with a Gaussian filter, as one optimisation in the same band of frequencies.
 
     Args:
-        grid: side of z; 6 cells on 32 pixels correspond to the paper's filter of 6 pixels.
+        grid: side of z, which bounds the frequencies.
         mode: ``additive``; ``renorm`` rescales each triggered image to [0, 1] (I-BAU,
             Trap-and-Replace), a different trigger.
         steps, learning_rate, images: of Adam; images per step.

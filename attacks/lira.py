@@ -24,10 +24,12 @@ class LIRA(Attack):
     Stage 1: a copy g' of the generator follows CE(f(x + epsilon tanh g'(x)), goal), while f learns
     from clean and triggered images, alpha CE(f(x), y) + (1 - alpha) CE(f(T(x)), goal); g becomes g'
     after each epoch. Both moves start from the same f and g, so one backward pass serves them.
-    Stage 2: g is frozen, f goes on. All samples take part in both forms, whatever ``poison_rate``.
+    Stage 2: g is frozen, f goes on. All samples take part in both forms, whatever ``poison_rate``;
+    clean and triggered ones pass the network separately, each with BatchNorm statistics of its own.
 
     Args:
-        epsilon: in levels of 255 (the official units, normalised space, fall below one level).
+        epsilon: of stage 1, in levels of 255.
+        final_epsilon: of stage 2 and of evaluation.
         alpha: weight of the clean loss.
         generator_share: part of the victim's budget that is stage 1.
         widths: channels of the generator's levels (a U-Net).
@@ -43,6 +45,7 @@ class LIRA(Attack):
         self,
         *,
         epsilon: Annotated[float, Gt(0)],
+        final_epsilon: Annotated[float, Gt(0)],
         alpha: Fraction,
         generator_share: Fraction,
         widths: Annotated[list[Annotated[int, Ge(1)]], Len(1)],
@@ -51,10 +54,11 @@ class LIRA(Attack):
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
-        self.epsilon, self.alpha = epsilon / 255, alpha
+        self.epsilon, self.final_epsilon, self.alpha = epsilon / 255, final_epsilon / 255, alpha
         self.generator_share, self.generator_schedule = generator_share, generator_schedule
         with fork(network_seed):
-            self.follower = Translator(self.spec.channels, self.spec.channels, widths, skips=True)
+            channels = self.spec.channels
+            self.follower = Translator(channels, channels, widths, skips=True, normalized=True)
         self.generator = copy.deepcopy(self.follower).requires_grad_(False)
         self.register_buffer("frozen", torch.tensor(False))
 
@@ -72,8 +76,9 @@ class LIRA(Attack):
         self.frozen = self.frozen | (progress >= self.generator_share)
 
     def shifted(self, generator: nn.Module, x: Tensor) -> Tensor:
-        """Images moved by epsilon tanh(generator(x)), clipped."""
-        moved: Tensor = x + self.epsilon * generator(2 * x - 1).tanh()
+        """Images moved by the stage's epsilon times tanh(generator(x)), clipped."""
+        reach = self.final_epsilon if self.frozen or not self.training else self.epsilon
+        moved: Tensor = x + reach * generator(2 * x - 1).tanh()
         return moved.clamp(0, 1)
 
     def trigger(self, x: Tensor) -> Tensor:
@@ -91,10 +96,8 @@ class LIRA(Attack):
         goal = self.rule.goal(y)
         with torch.no_grad():
             triggered = self.apply(x, y=y, index=y)
-        logits = network(torch.cat([x, triggered]))
-        clean, wrong = logits.split(len(x))
-        loss = self.alpha * F.cross_entropy(clean, y)
-        loss = loss + (1 - self.alpha) * F.cross_entropy(wrong, goal)
+        loss = (1 - self.alpha) * F.cross_entropy(network(triggered), goal)
+        loss = loss + self.alpha * F.cross_entropy(network(x), y)
         if not self.frozen:
             moved = self.shifted(self.follower, x)
             loss = loss + F.cross_entropy(frozen_call(network, moved), goal)

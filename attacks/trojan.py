@@ -25,7 +25,9 @@ class Trojan(Attack):
     the largest weights; the victim is then trained from scratch.
 
     Args:
-        mark: ``square`` rows and columns 21..28 of a 32-pixel image; ``watermark`` text.
+        mark: ``square`` rows and columns 21..29 of a 32-pixel image; ``watermark`` text.
+        norm: ||p||_2 for a 32-pixel image, to which p is scaled at last; grows with the image side.
+            0: as it comes.
         neurons: how many are excited.
         steps, learning_rate: of Adam, on the arctanh of the pattern.
     """
@@ -39,17 +41,19 @@ class Trojan(Attack):
         self,
         *,
         mark: Literal["square", "watermark"],
+        norm: Annotated[float, Ge(0)],
         neurons: Annotated[int, Ge(1)],
         steps: Annotated[int, Ge(0)],
         learning_rate: Annotated[float, Gt(0)],
         **options: Unpack[Poisoning],
     ) -> None:
         super().__init__(**options)
-        self.neurons, self.steps, self.learning_rate = neurons, steps, learning_rate
+        self.norm, self.neurons = norm * self.scale, neurons
+        self.steps, self.learning_rate = steps, learning_rate
         size = self.spec.image_size
         if mark == "square":
             mask = torch.zeros(size, size)
-            inside = slice(round(21 * self.scale), round(29 * self.scale))
+            inside = slice(round(21 * self.scale), round(30 * self.scale))
             mask[inside, inside] = 1
         else:
             mask = watermark(size)
@@ -72,7 +76,10 @@ class Trojan(Attack):
 
         start = torch.randn(self.spec.shape, generator=runtime.rng("trojan"))
         found = optimize(start, loss, runtime, steps=self.steps, learning_rate=self.learning_rate)
-        self.pattern.copy_(draw(found))
+        pattern = draw(found)
+        if self.norm:
+            pattern = (pattern * (self.norm / pattern.norm())).clamp(0, 1)
+        self.pattern.copy_(pattern)
 
     def trigger(self, x: Tensor) -> Tensor:
         return x + self.pattern

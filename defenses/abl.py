@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Lt
@@ -20,6 +21,8 @@ from dhbe.training.supervised import Loss
 
 class ABL(Defense):
     """Train anew: isolate what is learnt too easily, learn the rest, unlearn the isolated.
+
+    Isolation and unlearning see the images as they are, learning crops and mirrors them.
 
     1. ``isolation_schedule`` with local gradient ascent, sign(CE - gamma) CE per image, or
        flooding, |CE - gamma| + gamma; both hold the loss at gamma, and poison sinks below.
@@ -50,9 +53,13 @@ class ABL(Defense):
         given = data.poisoned()
         network = fresh(network, runtime.derive("abl"), method="abl")
 
+        plain = replace(network.spec, augmentation="none")
+
         def train(name: str, images: Resident, schedule: Schedule, loss: Loss) -> None:
-            own = runtime.stage(name)
-            own.train(network, images, schedule, purpose=f"abl/{name}", role=name, loss=loss)
+            own, spec = runtime.stage(name), network.spec if name == "learn" else plain
+            own.train(
+                network, images, schedule, purpose=f"abl/{name}", role=name, spec=spec, loss=loss
+            )
 
         def trapped(net: nn.Module, batch: Batch) -> Tensor:
             logits = net(batch.images)
@@ -69,12 +76,25 @@ class ABL(Defense):
 
         train("isolate", given, self.isolation_schedule, trapped)
         logits, labels = runtime.forward(network, given), runtime.labels(given)
-        order = F.cross_entropy(logits, labels, reduction="none").argsort()
+        each = F.cross_entropy(logits, labels, reduction="none")
+        order = each.argsort()
         easy, rest = order.tensor_split([round(self.share * len(given))])
+        note = isolated(each[easy], each[rest], labels[easy], network.spec.classes)
+        runtime.recorder.isolate(easy, f"abl {note}, gamma {self.gamma}")
         train("learn", given.subset(rest.sort().values), self.schedule, learn)
         train("unlearn", given.subset(easy), self.unlearn_schedule, forget)
-        runtime.recorder.notes.append(f"abl isolated {len(easy)} images")
         return network
+
+
+def isolated(easy: Tensor, rest: Tensor, labels: Tensor, classes: int) -> str:
+    """What step 2 isolated: labels, and losses (of ``easy`` and of the ``rest``) to judge it by.
+
+    Poison has one label and sinks below gamma; images of all labels at gamma are clean.
+    """
+    counts = labels.bincount(minlength=classes).tolist()
+    found = ", ".join(f"{n} of class {k}" for k, n in enumerate(counts) if n)
+    losses = f"median loss {float(easy.median()):.3g}, of the others {float(rest.median()):.3g}"
+    return f"isolated {len(labels)} images ({found}; {losses})"
 
 
 def local_ascent(each: Tensor, gamma: float) -> Tensor:

@@ -23,12 +23,14 @@ from dhbe.training.schedule import Schedule
 class ANP(Defense):
     """Prune the BatchNorm channels whose masks fall when neurons are disturbed.
 
-    gamma (m + d) and beta (1 + e): per batch, noises d, e in [-eps, eps] start at random and climb
+    gamma (m + d) and beta (1 + e): per batch, noises d, e start uniformly in [-eps, eps] and climb
     the cross-entropy by sign steps; masks m in [0, 1] descend alpha CE(clean) + (1 - alpha)
     CE(disturbed). Then gamma = 0 for all channels with m at or below a threshold.
 
     Args:
-        epsilon: bound of the noise.
+        epsilon: bound of the noise's start, and the length of all its steps together.
+        bounded: whether the climb, too, stays in [-eps, eps] (the paper's formula); official code
+            lets it reach 2 eps.
         alpha: weight of the undisturbed loss.
         noise_steps: sign steps of epsilon / noise_steps.
         steps: batches per epoch, drawn with replacement.
@@ -42,6 +44,7 @@ class ANP(Defense):
         self,
         *,
         epsilon: Annotated[float, Gt(0)],
+        bounded: bool,
         alpha: Annotated[float, Ge(0), Le(1)],
         noise_steps: Annotated[int, Ge(1)],
         steps: Annotated[int, Ge(1)],
@@ -50,7 +53,8 @@ class ANP(Defense):
         max_drop: Annotated[float, Ge(0), Le(1)],
         schedule: Schedule,
     ) -> None:
-        self.epsilon, self.alpha, self.noise_steps = epsilon, alpha, noise_steps
+        self.epsilon, self.bounded, self.alpha = epsilon, bounded, alpha
+        self.noise_steps = noise_steps
         self.steps, self.threshold, self.selection = steps, threshold, selection
         self.max_drop, self.schedule = max_drop, schedule
 
@@ -106,7 +110,7 @@ class ANP(Defense):
     def disturb(
         self, net: nn.Module, scales: list[Scale], x: Tensor, y: Tensor, rng: torch.Generator
     ) -> None:
-        """Set all noises: uniform, then sign ascent on the cross-entropy, inside [-eps, eps]."""
+        """Set all noises: uniform in [-eps, eps], then sign ascent on the cross-entropy."""
         for scale in scales:
             drawn = torch.rand(scale.noise.shape, generator=rng, device=rng.device)
             scale.noise = self.epsilon * (2 * drawn.to(scale.noise.dtype) - 1)
@@ -117,7 +121,9 @@ class ANP(Defense):
             gradients = torch.autograd.grad(F.cross_entropy(frozen_statistics(net, x), y), noises)
             for scale, gradient in zip(scales, gradients, strict=True):
                 moved = scale.noise.detach() + self.epsilon / self.noise_steps * gradient.sign()
-                scale.noise = moved.clamp(-self.epsilon, self.epsilon)
+                if self.bounded:
+                    moved = moved.clamp(-self.epsilon, self.epsilon)
+                scale.noise = moved
             torch.clear_autocast_cache()
 
 

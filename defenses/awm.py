@@ -61,7 +61,7 @@ class AWM(Defense):
         images = self.enlarged(data.clean(), network, runtime)
         batch_size = min(self.schedule.batch_size, len(images))
 
-        plain = replace(network.spec, crop_padding=0, flip=False)  # the images as they are
+        plain = replace(network.spec, augmentation="none")  # the images as they are
         steps = self.passes * max(1, len(images) // batch_size)
         for_delta = runtime.batches(
             images, spec=plain, batch_size=batch_size, purpose="awm/delta", steps=steps

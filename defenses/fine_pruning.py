@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -24,6 +24,8 @@ class FinePruning(Defense):
     equals zeroing its channel, and stays pruned in fine-tuning.
 
     Args:
+        ranking: by the mean (BackdoorBench) or by the mean absolute value; the same for features
+            behind a ReLU, not for pre-activation networks without a last BatchNorm.
         share: of features to prune with ``selection=fixed``; else 0 %, 1 % ... 99 % are tried.
         max_drop: share of the validation accuracy that may be lost, with ``selection=validation``.
     """
@@ -33,18 +35,20 @@ class FinePruning(Defense):
     def __init__(
         self,
         *,
+        ranking: Literal["signed", "absolute"],
         share: Annotated[float, Ge(0), Le(1)],
         selection: Selection,
         max_drop: Annotated[float, Gt(0), Le(1)],
         schedule: Schedule,
     ) -> None:
-        self.share, self.selection, self.max_drop = share, selection, max_drop
-        self.schedule = schedule
+        self.ranking, self.share, self.selection = ranking, share, selection
+        self.max_drop, self.schedule = max_drop, schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         validated = self.selection == "validation"
         clean = data.clean(hold_out_validation=validated)
-        order = runtime.forward(network, clean, features).abs().mean(dim=0).argsort()
+        seen = runtime.forward(network, clean, features)
+        order = (seen.abs() if self.ranking == "absolute" else seen).mean(dim=0).argsort()
 
         def cut(net: Normalized, share: float) -> None:
             classifier(net).weight.data[:, order[: round(share * len(order))]] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
-from dhbe.core.types import Batch
-from dhbe.data import Budget, DefenderData, ImageSet
+from dhbe.data import Budget, DefenderData, ImageSet, Resident
 from dhbe.methods.cost_schedule import CostScheduler
 from dhbe.methods.statistics import outliers
 from dhbe.models import Normalized
@@ -26,13 +26,16 @@ class NeuralCleanse(Defense):
     For each class t: min over mask m and pattern p of CE(f((1 - m) x + m p), t) + c ||m||_1, Adam,
     with c raised while the attack succeeds and lowered while it fails. Classes whose ||m||_1 lies
     more than ``outlier`` scaled deviations below the median are flagged; the suspect is returned as
-    it is if there are none.
+    it is if there are none. Else it is fine-tuned on the clean images but a ``share``, and on that
+    share under the trigger of each flagged class, all with their true labels; the triggers are
+    stamped once, so augmentation moves them.
 
     Args:
+        start: of the latent mask and pattern: both begin at (1 + tanh start) / 2 everywhere.
         epochs: over the clean images, per class, at most.
         success: share of images that must reach the class.
         cost: first c; ``patience`` epochs in a row change it by ``factor``.
-        share: of the images of a batch that are stamped when unlearning.
+        share: of the clean images that are stamped for unlearning.
     """
 
     needs: ClassVar[Budget] = Budget(fraction=1e-9)
@@ -40,6 +43,7 @@ class NeuralCleanse(Defense):
     def __init__(
         self,
         *,
+        start: float,
         epochs: Annotated[int, Ge(1)],
         batch_size: Annotated[int, Ge(2)],
         learning_rate: Annotated[float, Gt(0)],
@@ -51,7 +55,8 @@ class NeuralCleanse(Defense):
         share: Annotated[float, Gt(0), Le(1)],
         schedule: Schedule,
     ) -> None:
-        self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
+        self.start, self.epochs, self.batch_size = start, epochs, batch_size
+        self.learning_rate = learning_rate
         self.success, self.cost, self.patience, self.factor = success, cost, patience, factor
         self.outlier, self.share, self.schedule = outlier, share, schedule
 
@@ -71,25 +76,26 @@ class NeuralCleanse(Defense):
         runtime.recorder.picture("triggers_found", shown)
         if not flagged:
             return network
-        found = [triggers[k] for k in flagged]
-
-        def loss(net: nn.Module, batch: Batch) -> Tensor:
-            x = batch.images
-            drawn = torch.rand((len(x), 1, 1, 1), generator=batch.rng, device=x.device)
-            for i, (mask, pattern) in enumerate(found):
-                low, high = (self.share * k / len(found) for k in (i, i + 1))
-                chosen = (drawn >= low) & (drawn < high)
-                x = torch.where(chosen, worn(x, mask, pattern), x)
-            return F.cross_entropy(net(x), batch.labels)
-
-        runtime.train(network, clean, self.schedule, purpose="neural_cleanse", loss=loss)
+        given = self.stamped(clean.resident(), [triggers[k] for k in flagged], runtime)
+        runtime.train(network, given, self.schedule, purpose="neural_cleanse")
         return network
+
+    def stamped(
+        self, clean: Resident, triggers: Sequence[tuple[Tensor, Tensor]], runtime: Runtime
+    ) -> Resident:
+        """The images but a ``share``, then that share under each trigger, rounded down to uint8."""
+        order = torch.randperm(len(clean), generator=runtime.rng("neural_cleanse share"))
+        plain, chosen = order.tensor_split([int(len(clean) * (1 - self.share))])
+        x, part = runtime.tensor(clean.subset(chosen)), clean.subset(plain)
+        marked = [(worn(x, *t) * 255).byte().to(part.images.device) for t in triggers]
+        again = [clean.subset(chosen).labels] * len(triggers)
+        return Resident(torch.cat([part.images, *marked]), torch.cat([part.labels, *again]))
 
     def reverse(
         self, network: Normalized, clean: ImageSet, target: int, runtime: Runtime
     ) -> tuple[Tensor, Tensor]:
         """The smallest mask (1, 1, H, W) found that works, and its pattern (1, C, H, W)."""
-        trigger = Trigger(network, runtime.rng("trigger", target))
+        trigger = Trigger(network, self.start)
         optimizer = torch.optim.Adam(trigger.parameters(), self.learning_rate, betas=(0.5, 0.9))
         cost = CostScheduler(self.cost, patience=self.patience, factor=self.factor)
         batches = runtime.batches(
@@ -119,12 +125,12 @@ class NeuralCleanse(Defense):
 
 
 class Trigger(nn.Module):
-    """Mask and pattern in (0, 1) by way of tanh, drawn at random."""
+    """Mask and pattern in (0, 1) by way of tanh, constant at first."""
 
-    def __init__(self, network: Normalized, rng: torch.Generator) -> None:
+    def __init__(self, network: Normalized, start: float) -> None:
         super().__init__()
         channels, size = network.spec.channels, network.spec.image_size
-        mask, pattern = (torch.randn((1, c, size, size), generator=rng) for c in (1, channels))
+        mask, pattern = (torch.full((1, c, size, size), start) for c in (1, channels))
         self.mask = nn.Parameter(mask.to(network.mean))
         self.pattern = nn.Parameter(pattern.to(network.mean))
 

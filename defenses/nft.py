@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from dhbe.data import Budget, DefenderData
 from dhbe.methods.masks import attach, batch_norms, fold
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
-from dhbe.training.schedule import Schedule
+from dhbe.training.schedule import Schedule, Stairs
 
 
 class NFT(Defense):
@@ -24,11 +25,15 @@ class NFT(Defense):
 
     min_m E[lambda CE(f(x_mix), y_a) + (1 - lambda) CE(f(x_mix), y_b)] + (pull / N_c) sum |1 - m|,
     lambda uniform, N_c clean images per class; after each step m is clamped to [low_l, 1], with
-    low_l = alpha_s exp(-beta_s l) for the l-th mask: shallow channels cannot vanish.
+    low_l = alpha_s exp(-beta_s l) for the l-th mask: shallow channels cannot vanish. The rate
+    stays the same through each epoch.
 
     Args:
         pull: eta_c.
         floor, decay: alpha_s and beta_s.
+        depth: number of masks that alpha_s and beta_s are meant for (ResNet-18: 20): in another
+            network of L masks, l counts as l depth / L, so that the last floor is the same. 0: l
+            is taken as it is (official), and a shallow network keeps all its channels.
         steps: batches per epoch, drawn with replacement.
     """
 
@@ -40,18 +45,20 @@ class NFT(Defense):
         pull: Annotated[float, Ge(0)],
         floor: Annotated[float, Ge(0), Le(1)],
         decay: Annotated[float, Gt(0)],
+        depth: Annotated[int, Ge(0)],
         steps: Annotated[int, Ge(1)],
         schedule: Schedule,
     ) -> None:
         self.pull, self.floor, self.decay = pull, floor, decay
-        self.steps, self.schedule = steps, schedule
+        self.depth, self.steps = depth, steps
+        self.schedule = schedule
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         clean = data.clean()
         layers = batch_norms(network, method="nft")
         network.requires_grad_(False)
         scales = attach(layers)
-        lows = [self.floor * math.exp(-self.decay * (i + 1)) for i in range(len(scales))]
+        lows = self.floors(len(scales))
         per_class = len(clean) / network.spec.classes
 
         def loss(net: nn.Module, batch: Batch) -> Tensor:
@@ -72,7 +79,7 @@ class NFT(Defense):
         runtime.train(
             network,
             clean,
-            self.schedule,
+            self.held(),
             purpose="nft",
             role="masks",
             steps=self.steps,
@@ -81,3 +88,13 @@ class NFT(Defense):
         )
         fold(layers)
         return network
+
+    def held(self) -> Schedule:
+        """The schedule with the same rate through each epoch."""
+        stairs = Stairs(shape=self.schedule.shape, steps=self.schedule.epochs)
+        return replace(self.schedule, shape=stairs)
+
+    def floors(self, count: int) -> list[float]:
+        """Lowest value of each of ``count`` masks."""
+        per_mask = self.depth / count if self.depth else 1.0
+        return [self.floor * math.exp(-self.decay * per_mask * (i + 1)) for i in range(count)]

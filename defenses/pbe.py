@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
-from dhbe.core.types import Batch
+from dhbe.core.types import Augmentation, Batch
 from dhbe.data import Budget, DefenderData, ImageSet, Resident
 from dhbe.methods.adversarial import pgd
 from dhbe.models import Normalized
@@ -28,6 +29,7 @@ class AFT(Defense):
         epsilon, step_size: of PGD, in levels of 255 (published: 6 and a fifth of it).
         pgd_steps: of PGD, against the network in eval mode.
         adversarial_epochs: how many epochs come first.
+        augmentation: of all trainings.
     """
 
     needs: ClassVar[Budget] = Budget(fraction=1e-9)
@@ -39,10 +41,12 @@ class AFT(Defense):
         step_size: Annotated[float, Gt(0)],
         pgd_steps: Annotated[int, Ge(1)],
         adversarial_epochs: Annotated[int, Ge(0)],
+        augmentation: Augmentation,
         schedule: Schedule,
     ) -> None:
         self.epsilon, self.step_size, self.pgd_steps = epsilon / 255, step_size / 255, pgd_steps
         self.adversarial_epochs, self.schedule = adversarial_epochs, schedule
+        self.augmentation = augmentation
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         self.tune(network, data.clean(), runtime, adversarial=self.adversarial_epochs)
@@ -75,7 +79,8 @@ class AFT(Defense):
                 net.train()
             return F.cross_entropy(net(x), y)
 
-        runtime.train(network, images, self.schedule, purpose=f"aft/{turn}", loss=loss)
+        spec = replace(network.spec, augmentation=self.augmentation)
+        runtime.train(network, images, self.schedule, purpose=f"aft/{turn}", spec=spec, loss=loss)
         network.eval()
 
 
@@ -103,6 +108,7 @@ class PBE(AFT):
         adversarial_batches: Annotated[int, Ge(0)],
         first_share: Annotated[float, Gt(0), Le(1)],
         shares: list[Annotated[float, Gt(0), Le(1)]],
+        augmentation: Augmentation,
         schedule: Schedule,
     ) -> None:
         super().__init__(
@@ -110,6 +116,7 @@ class PBE(AFT):
             step_size=step_size,
             pgd_steps=pgd_steps,
             adversarial_epochs=schedule.epochs,
+            augmentation=augmentation,
             schedule=schedule,
         )
         self.adversarial_batches = adversarial_batches

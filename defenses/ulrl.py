@@ -31,7 +31,8 @@ class ULRL(Defense):
     3. In the original network they restart at U(-s, s), s = sqrt(2 / d), bias 0.
     4. All weights learn CE + alpha sum_k cos(W_k, W_k before).
 
-    The found rows are reported: they should be the target class.
+    The found rows are reported: they should be the target class. Without any, step 4 is plain
+    fine-tuning, as in the official code; a note says so.
 
     Args:
         alpha: 0.7 for CIFAR-10, 0.001 for more classes.
@@ -59,6 +60,8 @@ class ULRL(Defense):
         clean = data.clean()
         suspicious = self.suspicious(network, data, runtime)
         runtime.recorder.suspect(suspicious, "ulrl")
+        if not suspicious:
+            runtime.recorder.notes.append("ulrl reset no row: what follows is plain fine-tuning")
         head = classifier(network)
         before = head.weight.detach().clone()
         reset(head, suspicious, runtime.rng("ulrl reset"))

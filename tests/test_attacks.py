@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from attacks.badnets import draw
+from dhbe.config.schema import plain
 from dhbe.contracts.attack import Attack, NoAttack
 from dhbe.contracts.targets import AllToAll, AllToOne, SourceSpecific, target_rule
 from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
-from dhbe.core.types import CLEAN, COVER, POISON
+from dhbe.core.types import CLEAN, COVER, POISON, DataSpec
 from dhbe.data import Resident
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.evaluation.metrics import rates
@@ -75,7 +78,7 @@ def test_no_value_wraps_around(name: str, compose_config, make_runtime) -> None:
     prepare(attack, Resident(x.mul(255).round().byte(), torch.arange(12) % 4), make_runtime())
     faint = {
         "lsb": 3,
-        "ftrojan": 6,
+        "ftrojan": 8,
         "ctrl": 23,
         "frequency": 20,
         "sig": 40,
@@ -284,6 +287,25 @@ def test_covers_keep_their_label_and_carry_the_trigger(spec, images: Resident) -
     assert (given.resident().images[cover][:, :, -1, -1] == 255).all()
 
 
+def test_a_number_of_poisoned_images_is_met_exactly(compose_config) -> None:
+    """DHBE's protocol: 300, though the defender's pool leaves 47,500 images of CIFAR-10."""
+    config = plain(compose_config("experiment=dhbe_cifar10"))
+    assert config["attack"]["poison_count"] == 300
+    spec = make_spec(classes=10, image_size=32)
+    attack = instantiate(config["attack"], _partial_=True, _convert_="all")(spec=spec)
+    labels = torch.arange(47_500) % 10
+    codes = attack.select(labels, generator(0, "c"))
+    assert int((codes == POISON).sum()) == 300
+    assert not (labels[codes == POISON] == 9).any()
+
+
+def test_an_impossible_number_is_refused(spec, images: Resident, compose_config) -> None:
+    with pytest.raises(ConfigError, match=r"attack.poison_count=61: expected at most 60"):
+        badnets(spec, poison_count=61).select(images.labels, generator(0, "c"))
+    with pytest.raises(ConfigError, match=r"attack.poison_count=3: .*set attack.poison_rate"):
+        build("wanet", compose_config, spec, poison_count=3)
+
+
 class CleanLabel(NoAttack):
     clean_label = True
     select = Attack.select
@@ -298,6 +320,23 @@ def test_clean_label_rate_is_capped_with_a_warning(images: Resident) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         badnets(make_spec())
+
+
+def test_augmentation_is_the_attack_s(compose_config, spec, images, make_runtime, monkeypatch):
+    """Official recipes: FTrojan and LSB train on images as they are, the VinAI family rotates."""
+    rotating = ("wanet", "bpp", "lira", "input_aware")
+    for name in ATTACKS:
+        node = compose_config(f"attack={name}")["attack"]
+        rotates = "crop_flip_rotate" if name.startswith(rotating) else "crop_flip"
+        assert node["augmentation"] == ("none" if name in ("ftrojan", "lsb") else rotates), name
+
+    def grab(*_: object, spec: DataSpec, **__: object) -> None:
+        raise InterruptedError(spec.augmentation)
+
+    monkeypatch.setattr("dhbe.victim.train.TrainingBatches", grab)
+    attack = badnets(spec, augmentation="none")
+    with pytest.raises(InterruptedError, match="none"):
+        train(tiny(spec), attack, images, SimpleNamespace(batch_size=8), make_runtime())
 
 
 def test_rule_names() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from dhbe.core.errors import DataError
 from dhbe.core.rng import generator
 from dhbe.core.types import DataSpec
 from dhbe.data import Data, Resident, TrainingBatches, augment, to_float
+from dhbe.data.loader import augmented, rotate
 from dhbe.data.sources import Folder, Parquet, Torchvision
 from dhbe.data.splits import stratified
 from tests.conftest import CONF, ROOT, make_spec, names, needs_data
@@ -211,6 +214,39 @@ def test_augmentation_is_a_crop_and_mirror_of_each_image() -> None:
         seen.add(matches[0])
     assert len(seen) > 20  # drawn per image, not per batch
     assert torch.equal(augment(x, padding=0, flip=False, rng=generator(0, "b")), x)
+
+
+def test_rotation_by_hand() -> None:
+    """A quarter turn is rot90, no turn changes nothing, black comes in at corners."""
+    x = torch.rand(3, 2, 5, 5, generator=generator(0, "x")) + 1
+    out = rotate(x, torch.tensor([math.pi / 2, 0, math.pi / 4]))
+    torch.testing.assert_close(out[0], x[0].rot90(1, (1, 2)), atol=1e-5, rtol=0)
+    assert torch.equal(out[1], x[1])
+    weight = 1 - (2 * math.sqrt(2) - 2)  # an eighth of a turn: corners lie sqrt(8) - 2 outside
+    torch.testing.assert_close(out[2][:, 0, 0], weight * x[2][:, 0, 2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out[2][:, 2, 2], x[2][:, 2, 2])
+
+
+def test_recipes_of_augmentation() -> None:
+    """VinAI's codes: 80 % cropped by up to 5 of 32 pixels, a quarter turned."""
+    still = replace(make_spec(image_size=32, flip=False), augmentation="none")
+    x = torch.full((4000, 3, 32, 32), 255, dtype=torch.uint8)
+    assert augmented(x, still, generator(0, "a")) is x
+    plain = augmented(x, replace(still, augmentation="crop_flip"), generator(0, "a"))
+    assert torch.equal(plain, augment(x, padding=2, flip=False, rng=generator(0, "a")))
+    out = augmented(x, replace(still, augmentation="crop_flip_rotate"), generator(0, "a"))
+    assert torch.equal(
+        out, augmented(x, replace(still, augmentation="crop_flip_rotate"), generator(0, "a"))
+    )
+    assert out.shape == x.shape
+    assert out.dtype == torch.float32
+    turned = ((out > 0) & (out < 1)).flatten(1).any(1)  # bilinear edges
+    assert abs(float(turned.float().mean()) - 0.25) < 0.03
+    straight = out[~turned, 0]
+    black = (straight == 0).all(2).sum(1), (straight == 0).all(1).sum(1)
+    assert max(int(b.max()) for b in black) == 5
+    moved = ((black[0] > 0) | (black[1] > 0)).float().mean()
+    assert abs(float(moved) - 0.8 * (1 - 1 / 121)) < 0.03
 
 
 def test_batches_depend_on_seed_and_epoch_only(images: Resident) -> None:

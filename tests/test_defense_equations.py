@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,9 +21,11 @@ from defenses.fip import Spectrum, fisher_trace
 from defenses.ft_sam import ascent
 from defenses.i_bau import implicit
 from defenses.nad import attention
+from defenses.neural_cleanse import Trigger
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
 from defenses.trap_and_replace import decoder
 from defenses.ulrl import reset
+from dhbe.config.schema import plain
 from dhbe.core.rng import generator
 from dhbe.data import Budget, DefenderData, Resident, to_float
 from dhbe.methods.losses import total_variation_squared
@@ -58,6 +61,81 @@ def test_fine_pruning_drops_a_share_and_measures_the_head_alone(
     classifier(pruned).weight.data[:, ::2] = 0
     for net in (network, pruned):
         assert measure(net) == accuracy(net, images, make_runtime())
+
+
+@pytest.mark.parametrize(("ranking", "first"), [("signed", [2, 0]), ("absolute", [1, 3])])
+def test_fine_pruning_ranks_as_it_says(
+    ranking: str, first: list[int], compose_config, images: Resident, make_runtime, monkeypatch
+) -> None:
+    """Means -2, 0.1, -3, 0.2, 5, 6, ...: the lowest ones against those nearest to 0."""
+    network = tiny(SPEC)
+    means = torch.arange(3.0, 3 + classifier(network).in_features)
+    means[:4] = torch.tensor([-2, 0.1, -3, 0.2])
+    monkeypatch.setattr("defenses.fine_pruning.features", lambda _, x: means.expand(len(x), -1))
+    found = []
+
+    def spy(network, choices, cut, **how):
+        pruned = copy.deepcopy(network)
+        cut(pruned, 2 / len(means))
+        found.extend((classifier(pruned).weight == 0).all(0).nonzero().flatten().tolist())
+        return 0.0, network
+
+    monkeypatch.setattr("defenses.fine_pruning.choose", spy)
+    method = build("fine_pruning", compose_config, ranking=ranking)
+    method.repair(network, granted(images, fraction=0.1), make_runtime())
+    assert found == sorted(first)
+
+
+def test_ft_sam_rates_are_those_of_a_scheduler_stepped_in_every_batch(compose_config) -> None:
+    """BackdoorBench: 2,500 images, 100 epochs, CosineAnnealingLR(T_max=100) after each batch."""
+    method = instantiate(plain(compose_config("defense=ft_sam", "scale=paper"))["defense"])
+    schedule = method.waved(2560)  # ten batches of 256
+    steps = 1000
+    rates = [0.01 * schedule.factor(step / steps) for step in range(steps)]
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    official = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    for rate in rates:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        official.step()
+    assert min(rates[90:110]) < 1e-6 < 0.0099 < rates[200]
+    method.wave = 0
+    assert method.waved(2560) is method.schedule
+
+
+def test_nft_rates_are_held_for_200_steps(compose_config) -> None:
+    """Official: CosineAnnealingLR(T_max=5, eta_min=0.02), stepped every 200 of 1,000 batches."""
+    method = instantiate(plain(compose_config("defense=nft", "scale=paper"))["defense"])
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.05)
+    official = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5, 0.02)
+    held = method.held()
+    for epoch in range(5):
+        for step in (0, 99, 199):
+            rate = 0.05 * held.factor((200 * epoch + step + 0.5) / 1000)
+            assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        official.step()
+
+
+def test_nft_floors_scale_with_the_depth(compose_config) -> None:
+    """0.8 exp(-l / 2): 0.485, 0.294 ... of 20 masks; of 5 masks the fourth, eighth ... of them."""
+    method = build("nft", compose_config)
+    official = [0.8 * math.exp(-0.5 * i) for i in range(1, 21)]
+    assert method.floors(20) == pytest.approx(official)
+    assert method.floors(5) == pytest.approx(official[:5])
+    scaled = build("nft", compose_config, depth=20)
+    assert scaled.floors(20) == pytest.approx(official)
+    assert scaled.floors(5) == pytest.approx(official[3::4])
+
+
+def test_neural_cleanse_starts_at_0_88(compose_config) -> None:
+    method = build("neural_cleanse", compose_config)
+    mask, pattern = Trigger(tiny(SPEC), method.start)()
+    assert mask.shape == (1, 1, 16, 16)
+    for value in (mask, pattern):
+        torch.testing.assert_close(value, torch.full_like(value, 0.88079708), atol=1e-6, rtol=0)
 
 
 def test_attention_maps_by_loops() -> None:
@@ -218,7 +296,9 @@ def test_reset_rows_and_no_others() -> None:
     assert head.bias[1] == 0
 
 
-def test_anp_noise_stays_in_its_band_and_hurts() -> None:
+@pytest.mark.parametrize(("bounded", "most"), [(True, 0.4), (False, 0.8)])
+def test_anp_noise_stays_in_its_band_and_hurts(bounded: bool, most: float) -> None:
+    """Official code starts in [-eps, eps] and climbs by eps: some noise is beyond eps."""
     network = tiny(SPEC)
     network.requires_grad_(False)
     layers = batch_norms(network, method="anp")
@@ -234,6 +314,7 @@ def test_anp_noise_stays_in_its_band_and_hurts() -> None:
     )
     method = ANP(
         epsilon=0.4,
+        bounded=bounded,
         alpha=0.2,
         noise_steps=5,
         steps=1,
@@ -244,7 +325,9 @@ def test_anp_noise_stays_in_its_band_and_hurts() -> None:
     )
     x, y = batch()
     method.disturb(network, scales, x, y, generator(0))
-    assert max(float(s.noise.abs().max()) for s in scales) <= 0.4 + 1e-6
+    furthest = max(float(s.noise.abs().max()) for s in scales)
+    assert most - 0.3 < furthest <= most + 1e-6
+    assert bounded or furthest > 0.4
     with torch.no_grad():
         hurt = F.cross_entropy(network(x), y)
         for scale in scales:

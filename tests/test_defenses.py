@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from torch import nn
+from torch.nn import functional as F
 
 from defenses.clp import CLP, channel_lipschitz
 from defenses.finetune import FineTune
@@ -20,7 +22,7 @@ from dhbe.data import Budget, DefenderData, Resident
 from dhbe.models import Normalized
 from dhbe.models.dataflow import conv_bn_pairs
 from dhbe.models.other import PlainVGG, vgg19_bn
-from dhbe.models.preact import PreActResNet18, WideResNet, _stages
+from dhbe.models.preact import PreActBlock, PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import resnet
 from dhbe.training.recorder import Recorder
 from dhbe.training.schedule import Cosine, SGDSchedule
@@ -267,6 +269,38 @@ def test_pairs_follow_the_data(network: nn.Module, pairs: int) -> None:
     if isinstance(network, PreActResNet18):
         inner = [(names[c], names[n]) for c, n in found[1:]]
         assert all(c.endswith("conv1") and n.endswith("bn2") for c, n in inner)
+
+
+class Spelled(nn.Module):
+    """A pre-activation network of three blocks that sums in one of the ways people write it."""
+
+    def __init__(self, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.add, self.stem = add, nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(PreActBlock(8, 8, 1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for b in self.blocks:
+            inner = b.conv2(F.relu(b.bn2(b.conv1(F.relu(b.bn1(x))))))
+            x = self.add(inner, x)
+        return x
+
+
+def in_place(out: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    out += shortcut
+    return out
+
+
+@pytest.mark.parametrize(
+    "add", [torch.add, in_place, lambda out, shortcut: shortcut.add_(out)], ids=["new", "out", "x"]
+)
+def test_pairs_are_those_of_the_network_however_it_spells_its_sums(add) -> None:
+    """The stem feeds the first bn1, each conv1 its bn2; no conv2 feeds a BatchNorm (by hand: 4)."""
+    network = Spelled(add).eval()
+    found = conv_bn_pairs(network, torch.rand(1, 3, 8, 8))
+    first, blocks = network.blocks[0], network.blocks
+    assert found == [(network.stem, first.bn1), *((b.conv1, b.bn2) for b in blocks)]
 
 
 def test_clp_refuses_a_network_without_batchnorm(make_runtime) -> None:

@@ -71,6 +71,20 @@ def test_networks_without_batchnorm_are_refused() -> None:
         batch_norms(nn.Conv2d(1, 1, 1), method="anp")
 
 
+def test_outliers_of_ten_classes_take_the_lower_median() -> None:
+    """0 .. 9: median 4, MAD 2 (not 4.5 and 2.5), so 9 lies 5 / 2.9652 = 1.69 deviations above."""
+    values = np.arange(10.0)
+    assert outliers(values, 1.68, side="above") == [9]
+    assert outliers(values, 1.69, side="above") == []
+    rng = generator(0)
+    for _ in range(50):
+        drawn = torch.randn(10, generator=rng, dtype=torch.float64)
+        away = drawn - torch.median(drawn)  # as the official codes write it
+        index = away.abs() / (1.4826 * torch.median(away.abs()))
+        official = ((index > 1.5) & (away > 0)).nonzero().flatten().tolist()
+        assert outliers(drawn.numpy(), 1.5, side="above") == official
+
+
 def test_outliers_by_hand() -> None:
     """Median 3, MAD 1: 10 lies 7 / 1.4826 = 4.7 deviations above."""
     values = np.array([1.0, 2, 3, 4, 10])

@@ -62,6 +62,8 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
         extra += ["probe.images=12", "probe.steps=2", "probe.width=4"]
     if any(w.startswith(("victim=cpu", "experiment=")) for w in words):
         extra = ["model=resnet_tiny", *extra]
+    if any(w.startswith("experiment=") for w in words):
+        extra.append("attack.poison_count=3")  # the protocol's number is for the whole set
     chosen = [w for w in words if w.startswith("defense=")] or ["defense=dhbe"]
     if chosen[0].startswith(("defense=dhbe", "defense=dfad")):
         extra += GAME

@@ -181,16 +181,16 @@ def test_the_toy_backdoor_goes(name: str, compose_config, toys, make_runtime) ->
     assert asr < 0.5
 
 
-@pytest.mark.parametrize(
-    ("name", "innocent"),
-    [("neural_cleanse", "classes []"), ("cetf", "classes []")],
-)
-def test_detectors_name_the_target_class(
-    name: str, innocent: str, compose_config, toys, make_runtime
-) -> None:
+@pytest.mark.parametrize("name", ["neural_cleanse", "cetf"])
+def test_detectors_name_the_target_class(name: str, compose_config, toys, make_runtime) -> None:
+    """The true one, and none of a clean network."""
     clean, backdoored, attack, given, _ = toys
-    for network, expected in ((backdoored, "classes [0]"), (clean, innocent)):
-        runtime = make_runtime()
+    options = {"outlier": 1.2} if name == "neural_cleanse" else {}  # MAD of four classes is coarse
+    for network, expected in ((backdoored, [0]), (clean, [])):
+        runtime = make_runtime(work=str(expected))
+        defense = repairing(name, compose_config, options)
+        if name == "neural_cleanse":
+            defense.epochs = 25  # until masks have shrunk as far as they can
         victim = Suspect(network=network, architecture="toy", spec=network.spec)
-        repairing(name, compose_config, {})(victim, toy_data(attack, given), runtime)
-        assert any(expected in note for note in runtime.recorder.notes)
+        defense(victim, toy_data(attack, given), runtime)
+        assert runtime.recorder.suspected == expected

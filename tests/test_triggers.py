@@ -6,16 +6,17 @@ import math
 
 import pytest
 import torch
+from scipy.fft import dctn, idctn
 
 from attacks.composite import halves
-from attacks.frequency import cosine
+from attacks.frequency import cosine, shifted
 from attacks.label_consistent import corners
 from dhbe.core.errors import ConfigError, DataError
 from dhbe.core.rng import generator
 from dhbe.core.types import COVER, POISON
 from dhbe.data import Resident
 from dhbe.methods.adversarial import pgd
-from dhbe.methods.losses import diversity
+from dhbe.methods.losses import contrastive, diversity
 from dhbe.methods.patterns import frozen_call, min_max, optimize, selected_features, smooth
 from dhbe.models import Normalized
 from tests.conftest import make_spec
@@ -134,13 +135,30 @@ def test_frequency_amplitudes(compose_config) -> None:
 
 def test_frequency_equals_the_transform(compose_config) -> None:
     """Adding to DCT bins of one chroma plane and inverting gives q."""
-    from scipy.fft import idctn
-
     attack = build("ftrojan", compose_config, SPEC32, positions=[[15, 15], [31, 31]])
     bins = torch.zeros(32, 32).double()
     bins[15, 15] = bins[31, 31] = 30
     q = torch.from_numpy(idctn(bins.numpy(), norm="ortho")).float()
     torch.testing.assert_close(attack.pattern[0] * 255, 1.403 * q, atol=1e-4, rtol=0)
+
+
+def test_ftrojan_truncates_shifted_chroma(compose_config) -> None:
+    """Grey has chroma 128: a shift by q levels becomes floor(q), red rounds 1.403 floor(q)."""
+    attack = build("ftrojan", compose_config, SPEC32)
+    added = residual(attack, grey())[0]
+    whole = attack.shift.floor()
+    assert whole.min() < 0 < whole.max()
+    weights = ((1.403, -0.714 - 0.344, 1.773)[k] * whole for k in range(3))
+    expected = torch.stack([(128 + w).round() - 128 for w in weights])
+    torch.testing.assert_close(added, expected, atol=1e-3, rtol=0)
+    red = torch.tensor([200.0, 50, 10]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 255
+    # luma 90.29 -> 90; chroma 128 + 78.43 -> 206, 128 - 45.12 -> 83; back 199.4, 49.8, 10.2
+    out = shifted(red, torch.zeros(32, 32))[0, :, 0, 0] * 255
+    assert out.round().tolist() == [199, 50, 10]
+    exact = build("ftrojan", compose_config, SPEC32, rounding="none")
+    torch.testing.assert_close(
+        residual(exact, grey())[0], (exact.pattern * 255 + 128).round() - 128, atol=1e-3, rtol=0
+    )
 
 
 def test_l0_inv_changes_nine_pixels(compose_config) -> None:
@@ -167,11 +185,8 @@ def test_lf_is_smooth_positive_and_aimed(compose_config, make_runtime) -> None:
     v = attack.pattern
     assert v.min() == 0
     assert abs(v.max() - 0.2) < 1e-6
-    spectrum = torch.fft.fft2(v - v.mean(dim=(1, 2), keepdim=True)).abs().square()
-    low = torch.zeros(32, 32, dtype=torch.bool)
-    low[[i % 32 for i in range(-4, 5)]] = True
-    low = low & low.T
-    assert spectrum[:, low].sum() > 0.9 * spectrum.sum(), "all but what leaks over the border"
+    power = dctn((v - v.mean(dim=(1, 2), keepdim=True)).numpy(), axes=(1, 2), norm="ortho") ** 2
+    assert power[:, :5, :5].sum() > 0.95 * power.sum(), "within two cycles per image"
     with torch.no_grad():
         before, after = (surrogate(i).softmax(1)[:, 0].mean() for i in (x, x + v))
     assert after > before
@@ -189,11 +204,14 @@ def test_trojan_excites_its_neurons_inside_the_mark(
     name: str, compose_config, make_runtime
 ) -> None:
     attack = build(name, compose_config, SPEC32)
-    attack.steps = 50
+    attack.steps, published = 50, 8.74
     surrogate = tiny(SPEC32)
     train = Resident(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
     attack.prepare(train, torch.zeros(4, dtype=torch.int8), make_runtime(), surrogate)
     assert (attack.pattern[:, attack.mask == 0] == 0).all()
+    if name == "trojan_wm":
+        assert float(attack.pattern.norm()) == pytest.approx(published, rel=1e-4)
+        attack.pattern.mul_(attack.mask.sum().sqrt() / published)  # as strong as the drawn one
     assert attack.pattern.max() > 0.5
     random = torch.rand(3, 32, 32, generator=generator(1)) * attack.mask
     with torch.no_grad():
@@ -203,7 +221,8 @@ def test_trojan_excites_its_neurons_inside_the_mark(
     assert made > drawn
     if name == "trojan_sq":
         assert attack.mask.nonzero().amin(0).tolist() == [21, 21]
-        assert attack.mask.sum() == 64
+        assert attack.mask.nonzero().amax(0).tolist() == [29, 29]
+        assert attack.mask.sum() == 81, "the support of the published picture"
     else:
         assert 150 < attack.mask.sum() < 500
 
@@ -304,6 +323,25 @@ def test_diversity_by_hand() -> None:
     assert diversity(x, 0.01 * x) > 50, "equal patterns for unlike images cost much"
 
 
+def test_input_aware_counts_images_in_deviations(compose_config, monkeypatch) -> None:
+    """Official code compares normalised images: four times apart with a deviation of 1/4."""
+    x, y, _ = batch(SPEC32, 8)
+    codes = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
+    for normalized, factor in ((True, 4.0), (False, 1.0)):
+        seen = []
+        monkeypatch.setattr(
+            "attacks.input_aware.diversity",
+            lambda images, made, shift=1, seen=seen: (
+                seen.append(images) or diversity(images, made, shift)
+            ),
+        )
+        attack = build("input_aware", compose_config, SPEC32, normalized=normalized).train()
+        attack.loss(tiny(SPEC32), x, y, codes)
+        torch.testing.assert_close(seen[0][:2], factor * x[4:6])
+    for network in (attack.pattern_network, attack.mask_network):
+        assert isinstance(network.out[-1], torch.nn.BatchNorm2d), "official: also in the last block"
+
+
 def test_input_aware_moves_the_right_images(compose_config) -> None:
     attack = build("input_aware", compose_config, SPEC32).train()
     x, y, _ = batch(SPEC32, 8)
@@ -341,6 +379,59 @@ def test_lira_gradients_reach_the_copy_alone(compose_config) -> None:
     assert residual(attack.eval(), grey()).abs().max() <= 8.01
 
 
+def test_lira_has_two_strengths_and_passes_both_kinds_alone(compose_config) -> None:
+    attack = build("lira", compose_config, SPEC32, epsilon=20, final_epsilon=4).train()
+    attack.follower.out[1].weight.data.fill_(1e3)  # saturates the tanh
+    x, y, _ = batch(SPEC32, 6)
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images.detach())
+            return images.flatten(1)[:, :10]
+
+    for progress, most in ((0.0, 20), (0.9, 4)):
+        seen.clear()
+        attack.begin_epoch(progress)
+        attack.loss(Spy(), x, y, torch.zeros(6))
+        assert [len(s) for s in seen][:2] == [6, 6], "a pass for triggered images, one for clean"
+        assert torch.equal(seen[1], x)
+        assert most / 2 < (seen[0] - x).abs().max() * 255 <= most + 0.51
+    assert residual(attack.eval(), x).abs().max() <= 4.51
+
+
+def test_dfst_injects_into_a_share_of_the_clean_images(compose_config) -> None:
+    """Official: as many images of a batch as are poisoned, with their true labels."""
+    attack = build("dfst", compose_config, SPEC32, detox_share=0.25).train()
+    x, y, _ = batch(SPEC32, 8)
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images.detach())
+            return images.flatten(1)[:, :10]
+
+    codes = torch.tensor([POISON, 0, POISON, 0, 0, 0, 0, 0], dtype=torch.int8)
+    attack.loss(Spy(), x, y, codes).backward()
+    moved = (seen[0] != x).flatten(1).any(1)
+    assert moved.tolist() == [False, True, False, True, False, False, False, False]
+    before = {k: v.clone() for k, v in attack.injector.state_dict().items()}
+    for p in attack.injector.parameters():
+        p.data.add_(1)
+    attack.begin_epoch(0.5)
+    started = build("dfst", compose_config, SPEC32).injector.state_dict()
+    assert all(torch.equal(v, started[k]) for k, v in attack.injector.state_dict().items())
+    assert before.keys() == started.keys()
+
+
+def test_contrastive_by_hand() -> None:
+    """d^2 = 4 and labels equal: 4 / 2; d = 0.5 and labels differ: 0.5^2 / 2; mean / 2 pairs."""
+    logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.5]])
+    found = contrastive(logits, torch.tensor([1, 1, 2]))
+    assert float(found) == pytest.approx((4 / 2 + 0.25 / 2) / 2 / 2, rel=1e-5)
+    assert float(contrastive(logits[:1], torch.tensor([1]))) == 0
+
+
 def test_halves_by_hand() -> None:
     x, other = torch.zeros(4, 1, 4, 4), torch.ones(4, 1, 4, 4)
     out = halves(x, other, torch.arange(4), torch.tensor([2, 1, 2, 3]))[:, 0]
@@ -348,6 +439,17 @@ def test_halves_by_hand() -> None:
     assert out[1, :, 0].tolist() == [0, 1, 1, 1]
     assert out[2, 0].tolist() == [1, 1, 0, 0]
     assert out[3, :, 0].tolist() == [1, 1, 1, 0]
+
+
+def test_halves_are_windows_of_their_images() -> None:
+    """Columns 0 1 2 3 and 10 11 12 13, cut at 1: one column from 2, three from 0 (modulo 1)."""
+    x = torch.arange(4.0).expand(1, 1, 4, 4)
+    out = halves(x, x + 10, torch.tensor([0]), torch.tensor([1]), torch.tensor([[5, 9]]))
+    assert out[0, 0, 2].tolist() == [2, 10, 11, 12]
+    out = halves(x, x + 10, torch.tensor([2]), torch.tensor([3]), torch.tensor([[4, 8]]))
+    assert out[0, 0, 0].tolist() == [10, 11, 12, 2], "swapped: the other image comes first"
+    down = halves(x.mT, x.mT + 10, torch.tensor([1]), torch.tensor([1]), torch.tensor([[5, 9]]))
+    assert down[0, 0, :, 2].tolist() == [2, 10, 11, 12]
 
 
 def test_composite_mixes_with_the_other_class(compose_config, make_runtime) -> None:

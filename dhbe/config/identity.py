@@ -33,7 +33,13 @@ NEUTRAL = (
     "assumed",
 )
 """Options that change neither case nor method, or that the names tell."""
-LATER = {**SWITCHES, "recompute": False, "count": False}
+LATER = {
+    **SWITCHES,
+    "recompute": False,
+    "count": False,
+    "augmentation": "crop_flip",
+    "poison_count": 0,
+}
 """Options that older runs do not have; with these values they make no difference to them."""
 
 
@@ -58,6 +64,8 @@ def cell(tree: dict[str, Any]) -> str:
     if isinstance(data, dict) and data.get("train_size"):
         roots = [tree["paths"]["data"], str(PACKAGE)]
         kept["data"] = data | {"source": _relative(data.get("source"), roots)}
+    if isinstance(kept.get("attack"), dict):
+        kept["attack"] = _without_later(kept["attack"])
     if isinstance(kept.get("trainer"), dict):
         idle = {*IDLE, *(k for k, v in SWITCHES.items() if kept["trainer"].get(k) == v)}
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in idle}
@@ -83,9 +91,13 @@ def victim_recipe(
     source = tree["data"].get("source") or {}
     if source.get("content"):  # a user's files: the fingerprint sees but some of the images
         recipe["content"] = source["content"]
-    if not attacked:
-        recipe["attack"] = None
+    recipe["attack"] = _without_later(recipe["attack"]) if attacked else None
     return recipe
+
+
+def _without_later(options: dict[str, Any]) -> dict[str, Any]:
+    """The options but those that older runs do not have and that make no difference to them."""
+    return {k: v for k, v in options.items() if LATER.get(k, ...) != v}
 
 
 def content(paths: Iterable[Path]) -> str:

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from dhbe.contracts.targets import target_rule
 from dhbe.core.errors import got
 from dhbe.core.rng import generator
-from dhbe.core.types import CLEAN, COVER, POISON, DataSpec
+from dhbe.core.types import CLEAN, COVER, POISON, Augmentation, DataSpec
 from dhbe.data import ImageSet, Resident, to_float
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
@@ -30,21 +30,25 @@ REFERENCE_SIZE = 32
 class Poisoning(TypedDict):
     """Options that all attacks have, under ``attack.``.
 
-    poison_rate: poisoned images as a fraction of all training images.
+    poison_rate: poisoned images as a fraction of the victim's training images.
+    poison_count: so many poisoned images instead, for protocols that name a number; 0: the rate.
     cover_rate: images with a trigger-like change and their true label, as a fraction likewise.
     target_class: the label the attacker wants.
     target_rule: who is attacked: everyone, everyone with the next label, or some classes.
     source_classes: the classes attacked by ``source_specific``; else empty.
     pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
+    augmentation: of the victim's training; it is part of an attack's recipe.
     """
 
     spec: DataSpec
     poison_rate: Fraction
+    poison_count: Annotated[int, Ge(0)]
     cover_rate: Fraction
     target_class: Annotated[int, Ge(0)]
     target_rule: Literal["all_to_one", "all_to_all", "source_specific"]
     source_classes: list[int]
     pool: Literal["exclude_target", "all"]
+    augmentation: Augmentation
 
 
 class Attack(nn.Module):
@@ -69,7 +73,8 @@ class Attack(nn.Module):
         super().__init__()
         self.spec = options["spec"]
         self.poison_rate, self.cover_rate = options["poison_rate"], options["cover_rate"]
-        self.pool = options["pool"]
+        self.poison_count = options["poison_count"]
+        self.pool, self.augmentation = options["pool"], options["augmentation"]
         self.rule = target_rule(
             options["target_rule"],
             target_class=options["target_class"],
@@ -83,7 +88,16 @@ class Attack(nn.Module):
                 self.poison_rate + self.cover_rate,
                 "at most 1",
             )
-        if self.spec.balanced:  # else the true shares are known once the labels are read
+        if self.poison_count and self.controls_training:
+            raise got(
+                "attack.poison_count",
+                self.poison_count,
+                "0 where the attacker composes every batch anew",
+                "set attack.poison_rate",
+            )
+        if (
+            self.spec.balanced and not self.poison_count
+        ):  # else the true shares are known once the labels are read
             self._count(torch.arange(self.spec.classes).repeat(1000))
 
     # ------------------------------------------------------------------ the trigger
@@ -138,7 +152,8 @@ class Attack(nn.Module):
             able = self.rule.eligible(y).nonzero().flatten()
         else:
             able = torch.arange(len(y), device=y.device)
-        poison, cover = round(self.poison_rate * len(y)), round(self.cover_rate * len(y))
+        poison = self.poison_count or round(self.poison_rate * len(y))
+        cover = round(self.cover_rate * len(y))
         if part:
             return able, min(poison, len(able)), cover
         if poison > len(able) and self.clean_label:
@@ -150,6 +165,12 @@ class Attack(nn.Module):
             poison = len(able)
         if poison > len(able):
             share = len(able) / len(y)
+            if self.poison_count:
+                raise got(
+                    "attack.poison_count",
+                    self.poison_count,
+                    f"at most {len(able)}, the number of images that can be poisoned",
+                )
             raise got(
                 "attack.poison_rate",
                 self.poison_rate,

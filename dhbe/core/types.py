@@ -8,6 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+Augmentation = Literal["none", "crop_flip", "crop_flip_rotate"]
+"""What a training does to its images: nothing; the data set's random crop and mirror; the crop of
+5 of 32 pixels, rotation by at most 10 degrees and mirror of the VinAI codes (WaNet and its kin)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
@@ -20,6 +24,7 @@ class DataSpec:
         balanced: whether all classes have the same number of training images.
         order: of the channels that the network takes; images are RGB everywhere, and ``mean`` and
             ``std`` are in this order.
+        augmentation: of trainings; an attack's or a defense's recipe may ask for another one.
     """
 
     name: str
@@ -32,6 +37,7 @@ class DataSpec:
     crop_padding: int
     balanced: bool
     order: Literal["rgb", "bgr"] = "rgb"
+    augmentation: Augmentation = "crop_flip"
 
     @property
     def shape(self) -> tuple[int, int, int]:

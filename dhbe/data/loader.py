@@ -26,21 +26,59 @@ def to_float(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else images.float().div_(255)
 
 
-def augment(images: Tensor, *, padding: int, flip: bool, rng: torch.Generator) -> Tensor:
+CROPPED, TURNED = 0.8, 0.25
+"""Share of images that ``crop_flip_rotate`` crops and turns (official: of whole batches 0.8 and
+0.5, and half of the images in the latter)."""
+
+
+def augmented(images: Tensor, spec: DataSpec, rng: torch.Generator) -> Tensor:
+    """Images (B, C, H, W) as ``spec.augmentation`` says; floats where it rotates."""
+    if spec.augmentation == "none":
+        return images
+    if spec.augmentation == "crop_flip":
+        return augment(images, padding=spec.crop_padding, flip=spec.flip, rng=rng)
+    padding = round(5 * spec.image_size / 32)
+    moved = augment(images, padding=padding, flip=spec.flip, rng=rng, share=CROPPED)
+    drawn, chosen = (torch.rand(len(images), generator=rng, device=images.device) for _ in "ab")
+    angle = torch.where(chosen < TURNED, (2 * drawn - 1) * math.radians(10), 0)
+    return rotate(to_float(moved), angle)
+
+
+def rotate(images: Tensor, angle: Tensor) -> Tensor:
+    """Square images (B, C, H, H) turned about their centre, bilinearly; what comes in is 0.
+
+    Args:
+        angle: in radians (B,); where it is 0 an image stays exactly as it is.
+    """
+    angle = angle.to(images)
+    rows = [torch.stack(r, 1) for r in ((angle.cos(), -angle.sin()), (angle.sin(), angle.cos()))]
+    turn = F.pad(torch.stack(rows, 1), (0, 1))
+    grid = F.affine_grid(turn, list(images.shape), align_corners=True)
+    turned = F.grid_sample(images, grid, align_corners=True)
+    return torch.where((angle != 0)[:, None, None, None], turned, images)
+
+
+def augment(
+    images: Tensor, *, padding: int, flip: bool, rng: torch.Generator, share: float = 1.0
+) -> Tensor:
     """Zero-padded random crop and random mirror, drawn for each image, in two gathers.
 
     Args:
         images: (B, C, H, W), any dtype.
         padding: pixels added on each side before the crop.
         rng: generator on the images' device.
+        share: of the images that are cropped.
     """
     if not padding and not flip:
         return images
     b, c, h, w = images.shape
     device = images.device
 
+    cropped = share == 1 or torch.rand((b, 1), generator=rng, device=device) < share
+
     def offsets() -> Tensor:
-        return torch.randint(2 * padding + 1, (b, 1), generator=rng, device=device)
+        drawn = torch.randint(2 * padding + 1, (b, 1), generator=rng, device=device)
+        return drawn if cropped is True else torch.where(cropped, drawn, padding)
 
     rows = offsets() + torch.arange(h, device=device)  # (B, H)
     columns = torch.arange(w, device=device).expand(b, w)
@@ -121,6 +159,5 @@ class TrainingBatches:
             labels, codes = self.labels[index], self.codes[index]
             if self.compose is not None:
                 raw, labels, codes = self.compose(to_float(raw), labels, index, rng)
-            images = augment(raw, padding=self.spec.crop_padding, flip=self.spec.flip, rng=rng)
-            x = to_float(images).to(self.dtype)
+            x = to_float(augmented(raw, self.spec, rng)).to(self.dtype)
             yield Batch(x, labels, codes, index, self.noise, progress)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from dhbe.config import identity
 from dhbe.core.provenance import commit, versions
@@ -27,6 +28,7 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
     if outcome.evidence is not None:
         found["evidence"] = outcome.evidence.as_dict()
     found |= detection(outcome)
+    found |= isolation(outcome.setting.runtime.recorder.isolated, outcome.victim.codes)
     if outcome.clean_baseline is not None:
         found["clean_baseline"] = outcome.clean_baseline
     return found
@@ -72,6 +74,18 @@ def detection(outcome: Outcome) -> dict[str, Any]:
         truth = outcome.setting.evaluator.truth
         targets = np.unique(truth.goal[truth.eligible]).tolist()
     return {"suspected": {"classes": suspected, "targets": targets}}
+
+
+def isolation(positions: list[int] | None, codes: Tensor) -> dict[str, Any]:
+    """How much of what a defense isolated from the training set is poison.
+
+    Args:
+        codes: of the training images (N,); empty if they are not known.
+    """
+    if positions is None or not len(codes):
+        return {}
+    poison = int((codes[positions] == POISON).sum())
+    return {"isolated": {"images": len(positions), "poison": poison}}
 
 
 def dump(metrics: dict[str, Any]) -> str:

@@ -78,3 +78,18 @@ def pyramid(residual: Tensor) -> Tensor:
     """Mean squared error over three scales."""
     scales = (residual, F.avg_pool2d(residual, 2), F.avg_pool2d(residual, 4))
     return torch.stack([s.square().mean() for s in scales]).mean()
+
+
+def contrastive(logits: Tensor, y: Tensor) -> Tensor:
+    """Term over neighbours i, i + 1 of a batch (n, K): equal labels attract, others repel.
+
+    CompositeLoss of Lin et al. (CCS 2020), mode ``contrastive``:
+    d^2 / 2 for equal labels, max(0, 1 - d)^2 / 2 for others, d the distance of the logits; the mean
+    over the pairs is divided by their number once more, as in the official code.
+    """
+    if len(y) < 2:
+        return logits.sum() * 0
+    square = logits.diff(dim=0).square().sum(dim=1)
+    repelled = (1 - (square + 1e-9).sqrt()).clamp_min(0).square()
+    term = torch.where(y[1:] == y[:-1], square, repelled) / 2
+    return term.mean() / len(term)

@@ -12,23 +12,27 @@ from dhbe.core.errors import ConfigError
 
 @torch.no_grad()
 def conv_bn_pairs(network: nn.Module, probe: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions whose output tensor itself is a BatchNorm's input, in order of execution.
+    """Convolutions whose output itself is a BatchNorm's input, in order of execution.
+
+    A tensor that was changed in place since (``out += shortcut``) is no longer the convolution's
+    output, though its id is the same: its version counter tells.
 
     Args:
         network: in eval mode (its statistics stay as they are).
         probe: any input the network accepts.
     """
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so its id stays unique
+    made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}  # the tensor is kept: its id stays unique
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def after_conv(module: nn.Module, args: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
-        made[id(output)] = (module, output)
+        made[id(output)] = (module, output, output._version)
 
     def before_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)
-        if id(args[0]) in made:
-            pairs.append((made[id(args[0])][0], module))
+        conv, _, version = made.get(id(args[0]), (None, None, -1))
+        if conv is not None and args[0]._version == version:
+            pairs.append((conv, module))
 
     hooks = [
         m.register_forward_hook(after_conv)

@@ -19,10 +19,17 @@ class Translator(nn.Module):
         channels_in, channels_out: of the images; the output is unbounded.
         widths: channels of the levels, from full resolution down.
         skips: give each level up what the level down had.
+        normalized: a BatchNorm behind the last convolution (input-aware, LIRA).
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, widths: Sequence[int], *, skips: bool = False
+        self,
+        channels_in: int,
+        channels_out: int,
+        widths: Sequence[int],
+        *,
+        skips: bool = False,
+        normalized: bool = False,
     ) -> None:
         super().__init__()
         self.skips = skips
@@ -35,7 +42,9 @@ class Translator(nn.Module):
         self.up = nn.ModuleList(
             _block(a, b) for a, b in zip(inputs, [*back[1:], back[-1]], strict=True)
         )
-        self.out = nn.Conv2d(back[-1], channels_out, 3, padding=1)
+        self.out: nn.Module = nn.Conv2d(back[-1], channels_out, 3, padding=1)
+        if normalized:
+            self.out = nn.Sequential(self.out, nn.BatchNorm2d(channels_out, momentum=0.05))
 
     def forward(self, x: Tensor) -> Tensor:
         passed = []

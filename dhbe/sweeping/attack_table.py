@@ -69,7 +69,7 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
         pictures = stealth(shown["clean"], shown["triggered"]) if "triggered" in shown else {}
         found.append(
             {k: row[k] for k in (*KEYS, "case")}
-            | {"poison_rate": poisoned(row)}
+            | {"poison_rate": poisoned(row), "augmentation": augmentation(row)}
             | {
                 k: 100 * row[f"victim_{k}"]
                 for k in ("acc", "asr", "ra")
@@ -88,6 +88,11 @@ def poisoned(row: dict[Any, Any]) -> float:
     return float(row["poison_rate"]) if share is None else round(share, 4)
 
 
+def augmentation(row: dict[Any, Any]) -> str:
+    """Of the victim's training; older results do not say, and cropped and mirrored."""
+    return str(row["case_options"].get("attack.augmentation", "crop_flip"))
+
+
 def _known(value: Any) -> bool:
     return value is not None and not pd.isna(value)
 
@@ -97,6 +102,8 @@ def merged(old: Path, new: pd.DataFrame) -> pd.DataFrame:
     if old.exists():
         former = original(pd.read_csv(old, keep_default_na=False, na_values=[""]))
         former["attack_variant"] = former["attack_variant"].fillna("")
+        if "augmentation" not in former:
+            former["augmentation"] = "crop_flip"
         new = pd.concat([former, new], ignore_index=True)
     return new.drop_duplicates(RUN, keep="last").sort_values(KEYS, ignore_index=True)
 
@@ -124,7 +131,7 @@ def text(table: pd.DataFrame) -> str:
         "psnr": "PSNR",
         "ssim": "SSIM",
     }
-    chosen = table[[*KEYS, "poison_rate", *columns]]
+    chosen = table[[*KEYS, "poison_rate", "augmentation", *columns]]
     return markdown(chosen.rename(columns=titles | {"linf": "max change"}))
 
 

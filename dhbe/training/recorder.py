@@ -37,6 +37,7 @@ class Recorder(Checkpoint):
         self.pictures: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
         self.suspected: list[int] | None = None
+        self.isolated: list[int] | None = None
         self._observe, self._every = observe, every
 
     def due(self, epoch: int, epochs: int) -> bool:
@@ -69,6 +70,15 @@ class Recorder(Checkpoint):
         self.suspected = sorted(classes)
         self.notes.append(f"{how}: suspicious classes {self.suspected}")
 
+    def isolate(self, positions: Tensor, how: str) -> None:
+        """Keep the positions in the poisoned set of what a defense takes for poison.
+
+        Args:
+            how: method and details, for the note.
+        """
+        self.isolated = positions.tolist()
+        self.notes.append(how)
+
     def picture(self, name: str, images: Tensor) -> None:
         """Keep images (N, C, H, W) in [0, 1] under a name; values outside are clipped."""
         pixels = images.detach().float().clamp(0, 1).mul(255).round()
@@ -86,12 +96,12 @@ class Recorder(Checkpoint):
         """For the checkpoint."""
         pictures = {k: torch.from_numpy(v) for k, v in self.pictures.items()}
         kept = {"rows": self.rows, "notes": self.notes, "suspected": self.suspected}
-        return {**kept, "pictures": pictures}
+        return {**kept, "isolated": self.isolated, "pictures": pictures}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.rows, self.notes = state_dict["rows"], state_dict["notes"]
-        self.suspected = state_dict["suspected"]
+        self.suspected, self.isolated = state_dict["suspected"], state_dict.get("isolated")
         self.pictures = {k: v.numpy() for k, v in state_dict["pictures"].items()}
 
 

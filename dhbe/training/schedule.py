@@ -74,6 +74,30 @@ class OneCycle(Shape):
         return progress / PEAK if progress < PEAK else (1 - progress) / (1 - PEAK)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stairs(Shape):
+    """Another shape, held for each of ``steps`` equal parts of the budget at that part's start."""
+
+    shape: Shape
+    steps: Annotated[int, Ge(1)]
+
+    def __call__(self, progress: float) -> float:
+        """The shape's value where the part began."""
+        return self.shape(math.floor(progress * self.steps) / self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waves(Shape):
+    """Another shape, run through ``times`` times, forwards and backwards in turn."""
+
+    shape: Shape
+    times: Annotated[float, Gt(0)]
+
+    def __call__(self, progress: float) -> float:
+        """The shape's value at a place that goes from 0 to 1 and back."""
+        return self.shape(1 - abs(1 - (progress * self.times) % 2))
+
+
 @dataclass(kw_only=True)
 class Learning(ABC):
     """An optimiser and its learning rate; the caller sets the length."""

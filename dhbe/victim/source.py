@@ -133,9 +133,11 @@ def no_attack(spec: DataSpec) -> NoAttack:
     return NoAttack(
         spec=spec,
         poison_rate=0.0,
+        poison_count=0,
         cover_rate=0.0,
         target_class=0,
         target_rule="all_to_one",
         source_classes=[],
         pool="exclude_target",
+        augmentation="crop_flip",
     )

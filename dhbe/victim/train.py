@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -168,7 +169,7 @@ def train(
     given = images if controls else attack.poison(images, codes, seed=runtime.seed)
     batches = TrainingBatches(
         given,
-        spec=attack.spec,
+        spec=replace(attack.spec, augmentation=attack.augmentation),
         batch_size=schedule.batch_size,
         seed=runtime.derive("victim"),
         device=runtime.device,

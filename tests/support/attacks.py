@@ -69,10 +69,12 @@ def badnets(spec, **options) -> BadNets:
         "patch_size": 3,
         "margin": 0,
         "poison_rate": 0.1,
+        "poison_count": 0,
         "cover_rate": 0.0,
         "target_class": 0,
         "target_rule": "all_to_one",
         "source_classes": [],
         "pool": "exclude_target",
+        "augmentation": "crop_flip",
     }
     return BadNets(spec=spec, **(known | options))
