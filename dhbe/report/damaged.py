@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dhbe.report.folder import ROLES
+from dhbe.report.folder import ROLES, below
 
 TITLE = "Damaged, not counted"
 TEXTS = ("data", "model", "attack", "defense", "budget", "selection")
@@ -45,7 +45,7 @@ def listed(found: Iterable[Damage]) -> pd.DataFrame:
 
 def half_deleted(folders: Iterable[Path]) -> list[Damage]:
     """Result folders that have lost their ``metrics.json``."""
-    there = {f.parent for folder in folders for name in LEFT for f in folder.rglob(name)}
+    there = {f.parent for f in below(folders) if f.name in LEFT}
     lost = [p for p in there if p.name[:1] != "." and not (p / "metrics.json").exists()]
     return [damage(p, FileNotFoundError("metrics.json is missing")) for p in sorted(lost)]
 
