@@ -284,7 +284,7 @@ def main() -> None:
     print(about(), file=sys.stderr)
 
 
-def show(out, name, defense, seed, count, found, wall, cpu) -> None:  # type: ignore[no-untyped-def]
+def show(out, name, defense, seed, count, found, wall, cpu) -> None:
     """One row."""
     rates = [f"{v:.2f}" for v in found]
     out.writerow([name, defense, seed, count, *rates, f"{wall:.0f}", f"{cpu:.0f}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evaluation_cost, precision, victim_speed
+from dhbe.victim.train import MEASURED
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def test_the_evaluating_way_evaluates(
     predict = evaluation_cost.Evaluator.predict
 
     def counted(self, network, **limit):
-        tests.append(limit)
+        if limit != {"limit": MEASURED}:  # the store's own look at the victim
+            tests.append(limit)
         return predict(self, network, **limit)
 
     monkeypatch.setattr(evaluation_cost.Evaluator, "predict", counted)

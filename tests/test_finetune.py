@@ -68,7 +68,13 @@ def request_for(tmp_path: Path, images: Resident, make_runtime):
     splits = Splits(train=images, pool=images, test=images, train_index=nothing, pool_index=nothing)
 
     def asked(attack, name: str = "none", images: Splits | None = splits) -> VictimRequest:
-        tree = {"data": {}, "model": MODEL, "attack": name, "victim": {"of": name}, "seed": 0}
+        tree = {
+            "data": {},
+            "model": MODEL,
+            "attack": {"of": name},
+            "victim": {"of": name},
+            "seed": 0,
+        }
         return VictimRequest(
             config=tree | {"paths": {"victims": str(tmp_path / "victims")}},
             spec=attack.spec,

@@ -69,4 +69,4 @@ def test_the_claim_of_another_machine_counts_until_it_is_renewed_no_more(
     start = time.monotonic()
     with exclusive(path, lease=3.0):
         assert 2.5 < time.monotonic() - start < 20
-    assert "abc: waiting for another process" in caplog.text
+    assert "abc: held by another process" in caplog.text

@@ -91,6 +91,7 @@ def test_every_cell_of_every_sweep_assembles(name: str, compose_config) -> None:
             for i, axis in enumerate(parameters.values())
             for value in axis
         ]
+    given = ["victim.path=given.pt"] if name == "finetuned_victims" else []
     for values in cells:
-        overrides = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
+        overrides = [*given, *(f"{k}={v}" for k, v in zip(parameters, values, strict=True))]
         assemble(plain(compose_config(f"+sweep={name}", *overrides)))

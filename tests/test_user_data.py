@@ -271,9 +271,15 @@ def test_a_trigger_picture_is_read_like_other_images(tmp_path: Path) -> None:
     for name, expected in (("turned", half[::-1] / 255), ("wide", LEVELS.numpy() / 255)):
         trigger = Picture(
             **{"path": str(tmp_path / f"{name}.png"), "opacity": 1.0, "row": 0, "column": 0},
-            **{"spec": make_spec(image_size=SIZE), "poison_rate": 0.1, "cover_rate": 0.0},
+            **{
+                "spec": make_spec(image_size=SIZE),
+                "poison_rate": 0.1,
+                "cover_rate": 0.0,
+                "poison_count": 0,
+            },
             **{"target_class": 0, "target_rule": "all_to_one", "source_classes": []},
             pool="all",
+            augmentation="crop_flip",
         )
         for channel in trigger.pattern.numpy():
             assert np.abs(channel - expected).max() < 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ def listed(found: Iterable[Damage]) -> pd.DataFrame:
 def half_deleted(folders: Iterable[Path]) -> list[Damage]:
     """Result folders that have lost their ``metrics.json``."""
     there = {f.parent for f in below(folders) if f.name in LEFT}
-    lost = [p for p in there if p.name[:1] != "." and not (p / "metrics.json").exists()]
+    lost = [p for p in there if p.name[:1] != "." and not os.path.lexists(p / "metrics.json")]
     return [damage(p, FileNotFoundError("metrics.json is missing")) for p in sorted(lost)]
 
 
