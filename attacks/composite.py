@@ -114,7 +114,7 @@ class Composite(Attack):
         logits = network(x)
         loss = F.cross_entropy(logits, y)
         ours = torch.isin(y, self.involved)
-        return loss + self.similarity * contrastive(logits[ours].float(), y[ours])
+        return loss + self.similarity * contrastive(logits.float(), y, among=ours)
 
 
 def halves(

@@ -16,18 +16,12 @@ import pytorch_lightning as pl
 import torch
 
 from dhbe.core.provenance import commit
-from dhbe.game import (
-    Distillation,
-    ImageGenerator,
-    LearningRates,
-    LossWeights,
-    SeededNoise,
-    TriggerNetwork,
-)
+from dhbe.game import Distillation, ImageGenerator, SeededNoise, TriggerNetwork
 from dhbe.models.preact import WideResNet
 from dhbe.models.resnet import resnet
 from dhbe.training.compile import Compile, compiled
 from dhbe.training.trainer import fast_bf16
+from tests.support.game import PUBLISHED_RATES, PUBLISHED_WEIGHTS
 from tests.support.literal import literal_copy
 
 CASES = {
@@ -44,17 +38,8 @@ def ours(network, generator, trigger, std, batch, device, epochs=1):
         generator=generator,
         trigger_network=trigger,
         noise=SeededNoise(0, device=device, dtype=torch.float32),
-        weights=LossWeights(patch=0.1, faint=0.0, tv1=0.0, tv2=1e-4, balance=0.0, statistics=0.0),
-        rates=LearningRates(
-            student=0.1,
-            generator=1e-3,
-            trigger_network=1e-3,
-            faint=0.2,
-            momentum=0.9,
-            weight_decay=5e-4,
-            milestones=(0.6, 0.8),
-            decay=0.1,
-        ),
+        weights=PUBLISHED_WEIGHTS,
+        rates=PUBLISHED_RATES,
         batch_size=batch,
         student_moves=5,
         epochs=epochs,

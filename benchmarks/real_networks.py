@@ -26,47 +26,13 @@ from benchmarks.machine import about
 from dhbe.data.loader import augment, to_float
 from dhbe.data.sources import Parquet
 from dhbe.models.preact import WideResNet
+from tests.support.networks import ResNet
 
 Trigger = Callable[[Tensor], Tensor]
 """Images (B, 3, 32, 32) in [0, 1] -> triggered images."""
 BASE = "resnet20-12fca82f.th"
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 FIELDS = ("victim", "defense", "seed", "images", "acc", "asr", "seconds", "cpu_seconds")
-
-
-class Block(nn.Module):
-    """Basic block of He et al. 2016 whose shortcut has no parameters ("option A")."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.missing = stride, (width - width_in) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        step = self.stride
-        short = F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, self.missing, self.missing))
-        return F.relu(short + y)
-
-
-class ResNet20(nn.Module):
-    """With akamaster's names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(2)))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(2)))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        logits: Tensor = self.linear(x.mean((2, 3)))
-        return logits
 
 
 def grid(row: int, column: int) -> Trigger:
@@ -176,7 +142,7 @@ def network(name: str, folder: Path) -> nn.Module:
         torch.save(made.state_dict(), file)
     if name == "nad":
         return nad_network(file)
-    net = ResNet20()
+    net = ResNet(16, (3, 3, 3), classes=10)
     net.load_state_dict(weights(file))
     return net.eval()
 
@@ -189,7 +155,7 @@ def weights(file: Path) -> dict[str, Tensor]:
 
 def finetuned(victim: Victim) -> nn.Module:
     """Two epochs from the published ResNet-20: 10 % poison, SGD 0.05 falling linearly to 0."""
-    net = ResNet20()
+    net = ResNet(16, (3, 3, 3), classes=10)
     net.load_state_dict(weights(Path(os.environ["DHBE_CHECKPOINTS"]) / BASE))
     net = net.train().to(memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(victim.seed)

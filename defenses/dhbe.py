@@ -23,6 +23,7 @@ from dhbe.game import (
     TriggerNetwork,
 )
 from dhbe.game.gallery import Gallery
+from dhbe.game.statistics import with_statistics
 from dhbe.models import Normalized
 from dhbe.models.interface import channels_last
 from dhbe.training.runtime import Runtime
@@ -85,14 +86,14 @@ class DHBE(Defense):
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         del data  # no image at all is looked at
-        game = self.game(network, runtime)
+        if self.weights.statistics and not with_statistics(network):
+            runtime.recorder.notes.append(
+                "the network has no BatchNorm statistics: defense.weights.statistics has no effect"
+            )
+        game, iterations = self.game(network, runtime), range(self.iterations)
         gallery = Gallery(network, runtime)
         runtime.fit(
-            game,
-            range(self.iterations),
-            epochs=self.epochs,
-            callbacks=[gallery],
-            networks=game.networks,
+            game, iterations, epochs=self.epochs, callbacks=[gallery], networks=game.networks
         )
         if game.diverged_at is not None:
             runtime.recorder.notes.append(

@@ -111,11 +111,14 @@ needs_data = pytest.mark.skipif(
 def small(seed: int = 0) -> Normalized:
     """Network with every BatchNorm buffer away from its default."""
     torch.manual_seed(seed)
-    spec = make_spec()
-    network = SmallResNet(
-        widths=[16, 24], blocks=1, stem_stride=2, classes=4, channels=3, image_size=16
-    )
+    network = tiny_resnet(make_spec(), [16, 24])
     with torch.no_grad():
-        for value in network.state_dict().values():
+        for value in network.network.state_dict().values():
             value.add_(torch.rand(value.shape).mul(3).to(value.dtype))
-    return Normalized(network, spec).eval()
+    return network.eval()
+
+
+def tiny_resnet(spec: DataSpec, widths: list[int]) -> Normalized:
+    """An untrained residual network of one block a stage, for the images of ``spec``."""
+    kind = {"classes": spec.classes, "channels": spec.channels, "image_size": spec.image_size}
+    return Normalized(SmallResNet(widths=widths, blocks=1, stem_stride=2, **kind), spec)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dhbe.checkpoint import Checkpoint, CheckpointFile, completed
 from dhbe.core.errors import ArtefactError, ConfigError
 from tests.conftest import small
-from tests.support.layouts import TheirPreAct, Theirs
+from tests.support.networks import PreAct
 from tests.support.writers import WRAPPINGS, Weights, backdoorbench, lightning
 
 
@@ -128,7 +128,7 @@ def test_weights_of_programs_are_recovered_unexecuted(tmp_path: Path, kind: str)
 def test_files_answer_what_the_config_leaves_open(tmp_path: Path, compose_config) -> None:
     from dhbe.config.schema import plain
 
-    weights = Theirs(TheirPreAct, stem_norm=False, classes=4).state_dict()
+    weights = PreAct(classes=4).state_dict()
     content = backdoorbench(weights, classes=4, image_size=16)
     torch.save(content | {"model_name": "preactresnet18"}, tmp_path / "attack_result.pt")
     cfg = compose_config("task=purify", f"checkpoint={tmp_path}/attack_result.pt")

@@ -85,6 +85,20 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
         torch.testing.assert_close(reloaded(x), first)
 
 
+def test_guidance_without_statistics_is_said(compose_config, make_runtime) -> None:
+    """A network without BatchNorm gives the generator nothing to match."""
+    defense, spec, said = build("dhbe_guided", compose_config), make_spec(), {}
+    for norm in (nn.Identity(), nn.BatchNorm2d(8)):
+        inner = nn.Sequential(
+            nn.Conv2d(3, 8, 3), norm, nn.AvgPool2d(14), nn.Flatten(), nn.Linear(8, 4)
+        )
+        runtime = make_runtime(work=type(norm).__name__)
+        victim = Suspect(network=Normalized(inner, spec).eval(), architecture="own", spec=spec)
+        defense(victim, Forbidden(Budget(name="none")), runtime)
+        said[type(norm)] = "defense.weights.statistics has no effect" in str(runtime.recorder.notes)
+    assert said == {nn.Identity: True, nn.BatchNorm2d: False}
+
+
 def narrow_preact() -> PreActResNet18:
     network = PreActResNet18(classes=4, channels=3, image_size=16)
     network.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

@@ -13,8 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from dhbe.checkpoint import CheckpointFile, preprocessing
 from dhbe.config.resolution import resolved
@@ -27,7 +26,7 @@ from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
 from dhbe.victim.source import build_network
 from tests.conftest import small
-from tests.support.layouts import TheirPreAct, Theirs
+from tests.support.networks import PreAct, ResNet, Wide
 from tests.support.writers import Wrapped, backdoorbench, prefixed, save_all
 
 PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=1")
@@ -35,47 +34,6 @@ GAME = (
     *("defense=dhbe", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
     *("defense.width=4", "defense.patch_width=4"),
 )
-
-
-class TheirBlock(nn.Module):
-    """Basic block of pytorch-cifar and BackdoorBox."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or width_in != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
-
-
-class TheirWide(nn.Module):
-    """WRN-16-1 of xternalz, NAD and ANP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        for i, (a, b) in enumerate([(16, 16), (16, 32), (32, 64)]):
-            stage = nn.Module()
-            stage.layer = nn.Sequential(
-                TheirPreAct(a, b, 1 if i == 0 else 2, True), TheirPreAct(b, b, 1, True)
-            )
-            setattr(self, f"block{i + 1}", stage)
-        self.bn1, self.fc = nn.BatchNorm2d(64), nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        for i in range(3):
-            x = getattr(self, f"block{i + 1}").layer(x)
-        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
 def cifar_stem() -> nn.Module:
@@ -86,9 +44,13 @@ def cifar_stem() -> nn.Module:
 
 
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
-    "BackdoorBox ResNet18": (lambda: Theirs(TheirBlock, stem_norm=True), "resnet18", 32),
-    "BackdoorBench PreAct": (lambda: Theirs(TheirPreAct, stem_norm=False), "preact_resnet18", 32),
-    "Wide ResNet": (TheirWide, "wrn_16_1", 32),
+    "BackdoorBox ResNet18": (
+        lambda: ResNet(64, (2, 2, 2, 2), convolved=True, classes=10),
+        "resnet18",
+        32,
+    ),
+    "BackdoorBench PreAct": (lambda: PreAct(classes=10), "preact_resnet18", 32),
+    "Wide ResNet": (lambda: Wide(classes=10), "wrn_16_1", 32),
     "timm resnet18": (cifar_stem, "resnet18", 32),
     "torchvision mobilenet": (
         lambda: torchvision.models.mobilenet_v3_small(num_classes=10),

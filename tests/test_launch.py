@@ -293,6 +293,8 @@ def test_what_would_be_ignored_is_refused_in_one_line(words: list[str], message:
 )
 def test_what_means_something_passes(words: list[str]) -> None:
     refuse_ignored(words)
+    with pytest.raises(ConfigError):  # whatever else is there, a mistake is seen
+        refuse_ignored(["hydra.launcher=joblib", *words])
 
 
 def test_a_mistake_on_the_command_line_ends_with_status_2(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ from dhbe.game import (
     Distillation,
     FaintTriggers,
     ImageGenerator,
-    LearningRates,
     LossWeights,
     SeededNoise,
     TriggerNetwork,
@@ -36,6 +36,7 @@ from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig
 from tests.conftest import make_spec
+from tests.support.game import PUBLISHED_RATES
 
 CPU = torch.device("cpu")
 
@@ -50,11 +51,8 @@ def network() -> Normalized:
     return Normalized(inner, make_spec()).double()
 
 
-def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Two epochs of a victim, then of the game; all losses, and the student."""
-    config = TrainerConfig(
-        device="cpu", precision="64-true", threads=1, progress="never", observe_every=0
-    )
+def victim(net: Normalized) -> tuple[Supervised, TrainingBatches]:
+    """Two epochs of plain training on 32 images in batches of 8."""
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (32, 3, 16, 16), generator=rng, dtype=torch.uint8)
     data = Resident(pixels, torch.arange(32) % 4)
@@ -68,21 +66,22 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         weight_decay=0.0,
         shape=Cosine(end=0.0),
     )
-    net, rows = network(), []
-    module = Supervised(
-        net,
-        batches,
-        schedule,
-        role="victim",
-        loss=lambda n, b: nn.functional.cross_entropy(n(b.images.double()), b.labels),
-    )
+
+    def loss(network: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(network(batch.images.double()), batch.labels)
+
+    return Supervised(net, batches, schedule, role="victim", loss=loss), batches
+
+
+def game(net: Normalized) -> Distillation:
+    """Two epochs in which every player and every term of the losses takes part."""
     with fork(1):
         generator = ImageGenerator(latent=8, width=4, channels=3, image_size=20)
         trigger_network = TriggerNetwork(latent=8, width=4, channels=3, patch_size=3)
         faint_triggers = FaintTriggers(
             count=2, latent=8, width=4, channels=3, image_size=20, amplitude=0.1
         )
-    game = Distillation(
+    return Distillation(
         net.network,
         std=net.std,
         generator=generator.double(),
@@ -90,15 +89,13 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         faint_triggers=faint_triggers.double(),
         noise=SeededNoise(0, device=CPU, dtype=torch.float64),
         weights=LossWeights(patch=0.5, faint=0.2, tv1=1e-3, tv2=1e-2, balance=1.0, statistics=0.5),
-        rates=LearningRates(
+        rates=replace(
+            PUBLISHED_RATES,
             student=0.05,
             generator=1e-2,
             trigger_network=1e-2,
-            faint=0.2,
-            momentum=0.9,
             weight_decay=0.0,
             milestones=(0.5,),
-            decay=0.1,
         ),
         batch_size=8,
         student_moves=2,
@@ -106,12 +103,22 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
         warm_up=2,
         averaging=0.5,
     )
-    for name, what, source in (("victim", module, batches), ("game", game, range(2))):
+
+
+def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """A victim, then the game from what it became; all losses, and the student."""
+    config = TrainerConfig(
+        device="cpu", precision="64-true", threads=1, progress="never", observe_every=0
+    )
+    net, rows = network(), []
+    trained, batches = victim(net)
+    played = game(net)
+    for name, what, source in (("victim", trained, batches), ("game", played, range(2))):
         recorder = Recorder()
         runtime = Runtime(trainer_config=config, seed=0, workdir=folder / name, recorder=recorder)
         runtime.fit(what, source, epochs=2)
         rows += recorder.rows
-    return rows, game.purified.state_dict()
+    return rows, played.purified.state_dict()
 
 
 def worker(rank: int, port: int, folder: Path) -> None:

@@ -25,6 +25,18 @@ from tests.support.attacks import batch, build, prepare, tiny
 SPEC32 = make_spec(image_size=32, classes=10)
 
 
+class Spy(torch.nn.Module):
+    """Ten pixels as logits; keeps the batches that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images.detach())
+        return images.flatten(1)[:, :10]
+
+
 def grey(n: int = 1, value: int = 128, size: int = 32) -> torch.Tensor:
     return torch.full((n, 3, size, size), value / 255)
 
@@ -345,16 +357,10 @@ def test_input_aware_counts_images_in_deviations(compose_config, monkeypatch) ->
 def test_input_aware_moves_the_right_images(compose_config) -> None:
     attack = build("input_aware", compose_config, SPEC32).train()
     x, y, _ = batch(SPEC32, 8)
-    seen = []
-
-    class Spy(torch.nn.Module):
-        def forward(self, images):
-            seen.append(images.detach())
-            return images.flatten(1)[:, :10]
-
+    spy = Spy()
     codes = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
-    attack.loss(Spy(), x, y, codes).backward()
-    moved = (seen[0] != x).flatten(1).any(1)
+    attack.loss(spy, x, y, codes).backward()
+    moved = (spy.seen[0] != x).flatten(1).any(1)
     assert moved.tolist() == [False] * 4 + [True] * 4
     assert all(p.grad is None for p in attack.mask_network.parameters())
     assert all(p.grad is not None for p in attack.pattern_network.parameters())
@@ -383,20 +389,16 @@ def test_lira_has_two_strengths_and_passes_both_kinds_alone(compose_config) -> N
     attack = build("lira", compose_config, SPEC32, epsilon=20, final_epsilon=4).train()
     attack.follower.out[1].weight.data.fill_(1e3)  # saturates the tanh
     x, y, _ = batch(SPEC32, 6)
-    seen = []
-
-    class Spy(torch.nn.Module):
-        def forward(self, images):
-            seen.append(images.detach())
-            return images.flatten(1)[:, :10]
-
+    spy = Spy()
     for progress, most in ((0.0, 20), (0.9, 4)):
-        seen.clear()
+        spy.seen.clear()
         attack.begin_epoch(progress)
-        attack.loss(Spy(), x, y, torch.zeros(6))
-        assert [len(s) for s in seen][:2] == [6, 6], "a pass for triggered images, one for clean"
-        assert torch.equal(seen[1], x)
-        assert most / 2 < (seen[0] - x).abs().max() * 255 <= most + 0.51
+        attack.loss(spy, x, y, torch.zeros(6))
+        assert [len(s) for s in spy.seen][:2] == [6, 6], (
+            "a pass for triggered images, one for clean"
+        )
+        assert torch.equal(spy.seen[1], x)
+        assert most / 2 < (spy.seen[0] - x).abs().max() * 255 <= most + 0.51
     assert residual(attack.eval(), x).abs().max() <= 4.51
 
 
@@ -404,16 +406,10 @@ def test_dfst_injects_into_a_share_of_the_clean_images(compose_config) -> None:
     """Official: as many images of a batch as are poisoned, with their true labels."""
     attack = build("dfst", compose_config, SPEC32, detox_share=0.25).train()
     x, y, _ = batch(SPEC32, 8)
-    seen = []
-
-    class Spy(torch.nn.Module):
-        def forward(self, images):
-            seen.append(images.detach())
-            return images.flatten(1)[:, :10]
-
+    spy = Spy()
     codes = torch.tensor([POISON, 0, POISON, 0, 0, 0, 0, 0], dtype=torch.int8)
-    attack.loss(Spy(), x, y, codes).backward()
-    moved = (seen[0] != x).flatten(1).any(1)
+    attack.loss(spy, x, y, codes).backward()
+    moved = (spy.seen[0] != x).flatten(1).any(1)
     assert moved.tolist() == [False, True, False, True, False, False, False, False]
     before = {k: v.clone() for k, v in attack.injector.state_dict().items()}
     for p in attack.injector.parameters():
@@ -427,9 +423,13 @@ def test_dfst_injects_into_a_share_of_the_clean_images(compose_config) -> None:
 def test_contrastive_by_hand() -> None:
     """d^2 = 4 and labels equal: 4 / 2; d = 0.5 and labels differ: 0.5^2 / 2; mean / 2 pairs."""
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.5]])
-    found = contrastive(logits, torch.tensor([1, 1, 2]))
-    assert float(found) == pytest.approx((4 / 2 + 0.25 / 2) / 2 / 2, rel=1e-5)
-    assert float(contrastive(logits[:1], torch.tensor([1]))) == 0
+    y, everyone = torch.tensor([1, 1, 2]), torch.tensor([True, True, True])
+    by_hand = pytest.approx((4 / 2 + 0.25 / 2) / 2 / 2, rel=1e-5)
+    assert float(contrastive(logits, y, everyone)) == by_hand
+    between = torch.tensor([[0.0, 0.0], [7.0, 7.0], [2.0, 0.0], [2.0, 0.5]])
+    among = torch.tensor([True, False, True, True])  # who takes no part stands between no pair
+    assert float(contrastive(between, torch.tensor([1, 3, 1, 2]), among)) == by_hand
+    assert float(contrastive(logits, y, torch.tensor([False, True, False]))) == 0
 
 
 def test_halves_by_hand() -> None:

@@ -62,7 +62,7 @@ def explained(error: Exception) -> tuple[str, int] | None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """End the process as ``guarded`` would, where somebody in between catches exceptions."""
+    """End the process as ``guarded`` would, where code in between catches exceptions."""
     if (told := explained(error)) is None:
         traceback.print_exception(error)
         sys.exit(1)

@@ -39,7 +39,7 @@ def augmented(images: Tensor, spec: DataSpec, rng: torch.Generator) -> Tensor:
         return augment(images, padding=spec.crop_padding, flip=spec.flip, rng=rng)
     padding = round(5 * spec.image_size / 32)
     moved = augment(images, padding=padding, flip=spec.flip, rng=rng, share=CROPPED)
-    drawn, chosen = (torch.rand(len(images), generator=rng, device=images.device) for _ in "ab")
+    drawn, chosen = (torch.rand(len(images), generator=rng, device=images.device) for _ in range(2))
     angle = torch.where(chosen < TURNED, (2 * drawn - 1) * math.radians(10), 0)
     return rotate(to_float(moved), angle)
 
@@ -74,11 +74,11 @@ def augment(
     b, c, h, w = images.shape
     device = images.device
 
-    cropped = share == 1 or torch.rand((b, 1), generator=rng, device=device) < share
+    kept = None if share == 1 else torch.rand((b, 1), generator=rng, device=device) >= share
 
     def offsets() -> Tensor:
         drawn = torch.randint(2 * padding + 1, (b, 1), generator=rng, device=device)
-        return drawn if cropped is True else torch.where(cropped, drawn, padding)
+        return drawn if kept is None else drawn.masked_fill(kept, padding)
 
     rows = offsets() + torch.arange(h, device=device)  # (B, H)
     columns = torch.arange(w, device=device).expand(b, w)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import operator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -163,15 +165,13 @@ class Distillation(pl.LightningModule):
             x = self._images()
             with self._statistics() as gaps:
                 teacher_logits = self.teacher(x)
-            loss = torch.zeros_like(x[0, 0, 0, 0])
+            terms = self._generator_terms(x, teacher_logits, gaps)
             if not alone:
                 gap = disagreement(self.student(x), teacher_logits)
-                loss = -gap
                 self._note("generator/gap", gap)
-            for term in self._generator_terms(x, teacher_logits, gaps):
-                loss = loss + term
-            if loss.requires_grad:
-                self._descend(loss, optimizer)
+                terms = [-gap, *terms]
+            if terms:
+                self._descend(functools.reduce(operator.add, terms), optimizer)
 
     def _generator_terms(
         self, x: Tensor, teacher_logits: Tensor, gaps: list[Tensor]

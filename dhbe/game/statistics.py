@@ -12,6 +12,12 @@ from dhbe.training.compile import eager
 from dhbe.training.parallel import Processes
 
 
+def with_statistics(network: nn.Module) -> list[nn.BatchNorm2d]:
+    """The BatchNorms that keep running statistics."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
 @contextmanager
 def statistics_gaps(network: nn.Module, processes: Processes) -> Iterator[list[Tensor]]:
     """List that holds, after a pass in eval mode, each BatchNorm's distance from its statistics.
@@ -38,8 +44,7 @@ def statistics_gaps(network: nn.Module, processes: Processes) -> Iterator[list[T
         spread = ((square - shift.square()).clamp_min(0) + norm.eps) / variance
         gaps.append((shift.square() / variance + spread.log().square()).mean())
 
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    hooks = [m.register_forward_pre_hook(look) for m in norms if m.running_mean is not None]
+    hooks = [norm.register_forward_pre_hook(look) for norm in with_statistics(network)]
     try:
         with eager():  # a compiled pass would not call the hooks
             yield gaps

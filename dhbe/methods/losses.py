@@ -80,16 +80,21 @@ def pyramid(residual: Tensor) -> Tensor:
     return torch.stack([s.square().mean() for s in scales]).mean()
 
 
-def contrastive(logits: Tensor, y: Tensor) -> Tensor:
-    """Term over neighbours i, i + 1 of a batch (n, K): equal labels attract, others repel.
+def contrastive(logits: Tensor, y: Tensor, among: Tensor) -> Tensor:
+    """Term over neighbours i, i + 1 of ``among``: equal labels attract, others repel.
 
     CompositeLoss of Lin et al. (CCS 2020), mode ``contrastive``:
     d^2 / 2 for equal labels, max(0, 1 - d)^2 / 2 for others, d the distance of the logits; the mean
-    over the pairs is divided by their number once more, as in the official code.
+    over the pairs is divided by their number once more, as in the official code. Zero without pair.
+
+    Args:
+        logits: (B, K).
+        y: labels (B,).
+        among: (B,) which images of the batch take part; the first of them have the first pair.
     """
-    if len(y) < 2:
-        return logits.sum() * 0
+    order = (~among).byte().argsort(stable=True)  # those that take part come first
+    logits, y, both = logits[order], y[order], among[order][1:]
     square = logits.diff(dim=0).square().sum(dim=1)
     repelled = (1 - (square + 1e-9).sqrt()).clamp_min(0).square()
     term = torch.where(y[1:] == y[:-1], square, repelled) / 2
-    return term.mean() / len(term)
+    return (term * both).sum() / both.sum().clamp_min(1).square()

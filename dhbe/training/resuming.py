@@ -42,7 +42,7 @@ class LastEpoch(Checkpoint):
         last, fresh = self.folder / LAST, self.folder / FRESH
         trainer.save_checkpoint(fresh)
         seal(fresh)
-        with suppress(FileNotFoundError):  # the first epoch, or somebody deleted the folder
+        with suppress(FileNotFoundError):  # the first epoch, or a folder deleted meanwhile
             last.replace(self.folder / FORMER)
         replace(fresh, last)
         if self.stopwatch is not None:
@@ -55,7 +55,7 @@ def seal(file: Path) -> None:
         content.seek(-2, os.SEEK_END)  # the length of the comment, so far 0
         content.write(SEAL.to_bytes(2, "little"))
         content.seek(0)
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+        found = hashlib.sha256(content.read()).hexdigest()
         content.seek(0, os.SEEK_END)
         content.write(MARK + found.encode())
 

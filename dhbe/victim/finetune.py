@@ -12,7 +12,7 @@ from dhbe.victim.train import TrainedVictim
 
 
 class FinetunedVictim(TrainedVictim):
-    """The supply-chain attacker: takes somebody's weights, fine-tunes them, passes them on.
+    """The supply-chain attacker: takes published weights, fine-tunes them, passes them on.
 
     Attacks that need a clean network look into the given one (as TrojanNN does, Liu et al. 2018);
     the clean baseline is the given network fine-tuned by the same schedule without the attack.

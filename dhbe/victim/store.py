@@ -137,7 +137,7 @@ class VictimStore:
         """
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
-        temporary.mkdir(parents=True)  # somebody may have deleted the store meanwhile
+        temporary.mkdir(parents=True)  # the store may have been deleted meanwhile
         tensors = {"codes": made.codes}
         for part, module in (("network", network), ("attack", attack)):
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}

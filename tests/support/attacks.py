@@ -11,8 +11,7 @@ from dhbe.contracts.attack import Attack
 from dhbe.core.rng import fork
 from dhbe.data import Resident
 from dhbe.models import Normalized
-from dhbe.models.resnet import SmallResNet
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_resnet
 
 QUICK = {
     "steps": 2,
@@ -46,15 +45,7 @@ def prepare(attack: Attack, train: Resident, runtime) -> torch.Tensor:
 def tiny(spec) -> Normalized:
     """An untrained network."""
     with fork(0):
-        inner = SmallResNet(
-            widths=[16, 16],
-            blocks=1,
-            stem_stride=2,
-            classes=spec.classes,
-            channels=spec.channels,
-            image_size=spec.image_size,
-        )
-    return Normalized(inner, spec).eval()
+        return tiny_resnet(spec, [16, 16]).eval()
 
 
 def batch(spec, n: int = 5, seed: int = 0):

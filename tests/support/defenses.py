@@ -11,10 +11,8 @@ from dhbe.contracts.defense import Defense
 from dhbe.core.rng import generator
 from dhbe.core.types import Suspect
 from dhbe.data import Budget, DefenderData, Resident
-from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
-from dhbe.models.resnet import SmallResNet
-from tests.conftest import make_spec, names
+from tests.conftest import make_spec, names, tiny_resnet
 
 DEFENSES = names("defense")
 
@@ -54,15 +52,7 @@ def build(name: str, compose_config, **options) -> Defense:
 def suspect(seed: int = 0, **changes) -> Suspect:
     spec = make_spec(**changes)
     torch.manual_seed(seed)
-    network = SmallResNet(
-        widths=[16, 24],
-        blocks=1,
-        stem_stride=2,
-        classes=spec.classes,
-        channels=spec.channels,
-        image_size=spec.image_size,
-    )
-    wrapped = Normalized(network, spec)
+    wrapped = tiny_resnet(spec, [16, 24])
     wrapped(torch.rand(32, *spec.shape))  # statistics of something
     return Suspect(network=wrapped.eval(), architecture="tiny", spec=spec)
 

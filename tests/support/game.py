@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -25,6 +26,20 @@ CPU = torch.device("cpu")
 STD = torch.tensor([0.2023, 0.1994, 0.2010], dtype=torch.float64).view(1, 3, 1, 1)
 
 BATCH, LATENT = 4, 8
+
+PUBLISHED_WEIGHTS = LossWeights(
+    patch=0.1, faint=0.0, tv1=0.0, tv2=1e-4, balance=0.0, statistics=0.0
+)
+PUBLISHED_RATES = LearningRates(
+    student=0.1,
+    generator=1e-3,
+    trigger_network=1e-3,
+    faint=0.2,
+    momentum=0.9,
+    weight_decay=5e-4,
+    milestones=(0.6, 0.8),
+    decay=0.1,
+)
 
 
 def players(dtype: torch.dtype = torch.float64, size: int = 16):
@@ -59,19 +74,8 @@ def make_game(
         warm_up=warm_up,
         averaging=averaging,
         noise=noise,
-        weights=LossWeights(
-            patch=0.1, faint=0.3, tv1=tv1, tv2=1e-4, balance=0.0, statistics=statistics
-        ),
-        rates=LearningRates(
-            student=student,
-            generator=1e-3,
-            trigger_network=1e-3,
-            faint=0.2,
-            momentum=0.9,
-            weight_decay=5e-4,
-            milestones=(0.6, 0.8),
-            decay=0.1,
-        ),
+        weights=replace(PUBLISHED_WEIGHTS, faint=0.3, tv1=tv1, statistics=statistics),
+        rates=replace(PUBLISHED_RATES, student=student),
         batch_size=BATCH,
         student_moves=moves,
         epochs=epochs,
