@@ -48,8 +48,10 @@ def room_of(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] in ZOOS:
         return parts[0]
-    known = {room for room, _ in sources()}
-    return parts[1] if parts[0] == "dhbe" and len(parts) > 1 and parts[1] in known else None
+    if parts[0] != "dhbe" or len(parts) == 1:
+        return None
+    place = ROOT / "dhbe" / parts[1]
+    return parts[1] if place.is_dir() or place.with_suffix(".py").exists() else None
 
 
 def arrows() -> dict[tuple[str, str], list[Path]]:

@@ -48,18 +48,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_two_files_each() -> None:
     assert list(files()) == [
         "attacks/corner.py",
@@ -69,18 +57,32 @@ def test_two_files_each() -> None:
     ]
 
 
-def test_the_contract_tests_pass(copy: Path) -> None:
+FOLLOWED = """
+import runpy, sys, pytest
+assert pytest.main({tests!r}) == 0
+sys.argv = {run!r}
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+def test_the_contract_tests_pass_and_a_run_has_both(copy: Path) -> None:
+    """One interpreter for both: most of its time goes into imports."""
     wanted = ("tests/test_attacks.py", "tests/test_defenses.py")
     chosen = "(corner and not 224) or head_tuning or listed"
     options = ("-q", "-p", "no:cacheprovider", "-n", "0", "--junitxml=seen.xml")
-    call(copy, "-m", "pytest", *options, *wanted, "-k", chosen)
+    run = ["run.py", "attack=corner", "defense=head_tuning", *TINY, "hydra.run.dir=out"]
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOWED.format(tests=[*options, *wanted, "-k", chosen], run=run)],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     seen = (copy / "seen.xml").read_text()
     for method in ("corner", "head_tuning"):
         assert re.search(rf'name="test_contract\[[^"]*{method}', seen), "it was found"
-
-
-def test_a_run_with_both(copy: Path) -> None:
-    call(copy, "run.py", "attack=corner", "defense=head_tuning", *TINY, "hydra.run.dir=out")
     metrics = json.loads((copy / "out" / "metrics.json").read_text())
     assert (metrics["attack"], metrics["defense"]) == ("corner", "head_tuning")
     assert metrics["flops"] == {"victim": None, "defense": None}, "counting is opt-in"
