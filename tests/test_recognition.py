@@ -140,6 +140,33 @@ def test_the_first_batchnorm_tells_normalisation_and_channels(
         assert f"{name} " in verdict.evidence
 
 
+class Brightness(nn.Module):
+    """No BatchNorm; ten classes of images by their brightness, each as frequent as the others."""
+
+    def __init__(self, preset: str) -> None:
+        super().__init__()
+        images = natural_images(3, 32, 1000)
+        assert images is not None
+        known = normalized(images, preset).mean((1, 2, 3))
+        self.centres = known.quantile((torch.arange(10) + 0.5) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -1000 * (x.mean((1, 2, 3))[:, None] - self.centres).square()
+
+
+@pytest.mark.parametrize("preset", ["none", "half", "imagenet", "bytes"])
+def test_predictions_tell_the_normalisation_without_batchnorm(preset: str) -> None:
+    """Sure of every image under every normalisation: only the classes tell."""
+    verdict = told(Brightness(preset), channels=3, image_size=32, classes=10)
+    assert verdict.preset == preset, verdict.evidence
+
+
+def test_one_class_for_every_image_abstains() -> None:
+    network = Brightness("half")
+    network.centres = network.centres + 10
+    assert told(network, channels=3, image_size=32, classes=10).preset is None
+
+
 def test_a_network_of_other_images_abstains() -> None:
     torch.manual_seed(0)
     strokes = (torch.rand(256, 3, 32, 32) > 0.9).float()

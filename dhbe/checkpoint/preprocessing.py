@@ -3,8 +3,9 @@
 The first BatchNorm remembers the statistics of its inputs. Natural images, normalised as in
 training, give the same statistics; otherwise they do not (Kullback-Leibler divergence of two
 normal distributions, mean over channels: about 0.0003 against 0.01 to 5). A network without
-BatchNorm is judged by what its outputs tell of natural images: the mutual information between
-image and predicted class is largest under the normalisation that it knows.
+BatchNorm is judged by the classes that it predicts for natural images of all kinds: they are many
+under the normalisation that it knows, and collapse into few under another. How sure it is does not
+count, because any network is surer of larger inputs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ MOST_DIVERGENT = 0.05
 """Divergence up to which natural images are what the network was trained on."""
 MARGIN, FLOOR = 3.0, 0.001
 """A rival is ruled out if its divergence is more than this multiple, plus this."""
-LEAST_INFORMED, GAIN = 0.6, 0.1
-"""Of a network without BatchNorm: information as a share of log(classes), and nats ahead."""
+LEAST_SPREAD, GAIN = 0.85, 0.05
+"""Of a network without BatchNorm: entropy as a share of log(classes), and nats ahead."""
 MATERIAL = 0.35
 """Normalisations that differ by more are not those of two data sets of natural images."""
 SAME = 0.0005
@@ -49,7 +50,7 @@ PADDING = 1 / 8
 
 
 class View(NamedTuple):
-    """A way of preparing images, and how badly it fits (divergence; or minus information)."""
+    """A way of preparing images, and how badly it fits (divergence; or minus entropy)."""
 
     badness: float
     preset: str
@@ -91,7 +92,7 @@ def told(network: nn.Module, *, channels: int, image_size: int, classes: int) ->
     if norm is not None and trained(norm):
         return by_statistics(network, norm, images)
     if channels == 3 and image_size <= 64:
-        return by_information(network, images, classes)
+        return by_predictions(network, images, classes)
     reason = "it has no BatchNorm" if norm is None else "its first BatchNorm was never trained"
     return Verdict(None, None, f"{reason}, and its outputs on such images would tell little")
 
@@ -126,23 +127,25 @@ def by_statistics(network: nn.Module, norm: BatchNorm, images: Tensor) -> Verdic
     return Verdict(best.preset, best.order if sure else None, evidence)
 
 
-def by_information(network: nn.Module, images: Tensor, classes: int) -> Verdict:
-    """The verdict of the outputs."""
+def by_predictions(network: nn.Module, images: Tensor, classes: int) -> Verdict:
+    """The verdict of the predicted classes."""
     images = images[:: math.ceil(len(images) / FEW)]
     views = sorted(
-        View(-information(network(normalized(images, preset))), preset, "rgb", False)
+        View(-entropy(network(normalized(images, preset)).argmax(1)), preset, "rgb", False)
         for preset in presets(images.shape[1])
     )
     best = views[0]
     shares = ", ".join(f"{v.preset} {-v.badness:.3f}" for v in views)
     evidence = (
-        "it has no BatchNorm; nats that its outputs tell of natural images (of at most "
-        f"{math.log(classes):.3f}): {shares}"
+        "it has no BatchNorm; entropy of the classes that it predicts for natural images, in nats "
+        f"of at most {math.log(classes):.3f}: {shares}"
     )
     rivals = [v for v in views if apart(v.preset, best.preset, images.shape[1]) > MATERIAL]
     ahead = not rivals or rivals[0].badness - best.badness >= GAIN
-    informed = -best.badness >= LEAST_INFORMED * math.log(classes)
-    return Verdict(best.preset if ahead and informed else None, None, evidence)
+    if not ahead or -best.badness < LEAST_SPREAD * math.log(classes):
+        return Verdict(None, None, evidence)
+    alike = [v.preset for v in views if v not in rivals and v.badness - best.badness < GAIN]
+    return Verdict(min(alike, key=ORDERED.index), None, evidence)
 
 
 @torch.no_grad()
@@ -289,12 +292,10 @@ def divergence(inputs: Tensor, norm: BatchNorm) -> float:
     return float(found.mean())
 
 
-def information(logits: Tensor) -> float:
-    """Mutual information in nats between image and class, from outputs (N, classes)."""
-    p = logits.double().softmax(1)
-    each = -(p * p.clamp_min(1e-12).log()).sum(1).mean()
-    mean = p.mean(0)
-    return float(-(mean * mean.clamp_min(1e-12).log()).sum() - each)
+def entropy(classes: Tensor) -> float:
+    """Entropy in nats of the classes (N,)."""
+    share = classes.bincount().double() / len(classes)
+    return float(torch.special.entr(share).sum())
 
 
 def random_crops(images: Tensor) -> Tensor:
