@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from defenses.clp import CLP, channel_lipschitz
 from defenses.finetune import FineTune
 from dhbe.config.schema import plain
-from dhbe.core.errors import ArtefactError, BudgetError, ConfigError
+from dhbe.core.errors import ArtefactError, BudgetError, ConfigError, DivergenceError
 from dhbe.core.types import Suspect
 from dhbe.data import Budget, DefenderData, Resident
 from dhbe.models import Normalized
@@ -160,6 +160,25 @@ def test_nan_weights_are_refused(name: str, compose_config, images, make_runtime
     next(victim.network.parameters()).data[0] = float("nan")
     with pytest.raises(ArtefactError, match="NaN"):
         build(name, compose_config)(victim, rich(images), make_runtime())
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(float("nan"), "infinite weights"), (1e30, "logits are NaN")]
+)
+def test_a_diverged_network_is_never_a_result(
+    value: float, what: str, make_runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither NaN in the weights nor finite weights whose products overflow."""
+
+    def diverge(network: Normalized, *_) -> Normalized:
+        for p in network.parameters():
+            p.data.mul_(value)
+        return network
+
+    defense = CLP(u=3)
+    monkeypatch.setattr(defense, "repair", diverge)
+    with pytest.raises(DivergenceError, match=what):
+        defense(suspect(), Forbidden(Budget(name="none")), make_runtime())
 
 
 def test_budget_below_the_needs_is_refused_before_work(compose_config) -> None:

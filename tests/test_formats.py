@@ -29,10 +29,10 @@ from tests.conftest import small
 from tests.support.networks import PreAct, ResNet, Wide
 from tests.support.writers import Wrapped, backdoorbench, prefixed, save_all
 
-PROBE = ("probe.images=12", "probe.steps=1", "probe.width=4", "trainer.threads=1")
+PROBE = ("probe.images=4", "probe.steps=1", "probe.width=4", "trainer.threads=1")
 GAME = (
-    *("defense=dhbe", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=8"),
-    *("defense.width=4", "defense.patch_width=4"),
+    *("defense=dhbe", "defense.epochs=1", "defense.iterations=1", "defense.batch_size=4"),
+    *("defense.student_moves=1", "defense.width=4", "defense.patch_width=4"),
 )
 
 
@@ -114,7 +114,7 @@ def test_their_networks_are_recognised_purified_and_load_back(
     prefix = "" if name.startswith("BackdoorB") else "module."
     weights = prefixed(theirs.state_dict(), prefix)
     if name.startswith("BackdoorBench"):
-        content = backdoorbench(weights, classes=10, image_size=size, images=10_000)
+        content = backdoorbench(weights, classes=10, image_size=size, images=1000)
         torch.save(content | {"model_name": "preactresnet18"}, file)
     else:
         torch.save({"state_dict": weights} if prefix else weights, file)
@@ -200,7 +200,7 @@ def test_any_channels_sizes_and_classes(
     options = (f"data.image_size={size}", "data.normalization=none", *GAME)
     metrics = purified(compose_config, file, tmp_path / "out", *options)
     assert len(metrics["evidence"]["reach"]["victim"]) == classes
-    assert ("first 12 of 1000 classes" in " ".join(metrics["notes"])) == (classes == 1000)
+    assert ("first 4 of 1000 classes" in " ".join(metrics["notes"])) == (classes == 1000)
     back = load_file(tmp_path / "out" / "given-purified.safetensors")
     SmallResNet(widths=[16, 16], blocks=1, stem_stride=2, **kind).load_state_dict(back, strict=True)
 

@@ -113,7 +113,7 @@ def test_the_report_escapes_what_others_wrote(tmp_path: Path) -> None:
         "seconds": {"victim": 0.0, "defense": 1.0, "evaluate": 0.0},
         "evidence": {
             "agreement": rate,
-            "logit_change": 0.1,
+            "logit_change": None,
             "reach": {"victim": [rate], "purified": [rate]},
             "weights": {evil: 0.5},
         },
@@ -125,3 +125,4 @@ def test_the_report_escapes_what_others_wrote(tmp_path: Path) -> None:
     page = write_page(tmp_path).read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)") >= 10
+    assert "their logits differ by – on average" in page, "what was not finite is null in the file"

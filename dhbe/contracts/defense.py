@@ -10,6 +10,7 @@ from typing import ClassVar, final
 import torch
 
 from dhbe.core.errors import ArtefactError, BudgetError, DivergenceError
+from dhbe.core.rng import generator
 from dhbe.core.types import DataSpec, Suspect
 from dhbe.data import Budget, DefenderData
 from dhbe.methods.selection import Selection
@@ -60,7 +61,7 @@ class Defense(ABC):
         Raises:
             BudgetError: the budget does not cover the method's needs.
             ArtefactError: the suspect has NaN or infinite weights.
-            DivergenceError: the purified network has.
+            DivergenceError: the purified network has, or answers noise with such logits.
         """
         self.check(data.budget)
         assert isinstance(suspect.network, Normalized)
@@ -84,10 +85,15 @@ class Defense(ABC):
             )
             log.warning(warning)
             runtime.recorder.notes.insert(0, warning)
-        probe = torch.zeros((2, *suspect.spec.shape), device=runtime.device, dtype=runtime.dtype)
+        noise = torch.rand((2, *suspect.spec.shape), generator=generator(0, "probe"))
         with torch.no_grad():
-            logits = repaired(probe)
+            logits = repaired(noise.to(runtime.device, runtime.dtype))
         assert logits.shape == (2, suspect.spec.classes), "a repair must keep the interface"
+        if not bool(logits.isfinite().all()):
+            raise DivergenceError(
+                f"{type(self).__name__} produced a network whose logits are NaN or infinite; lower "
+                "its learning rate"
+            )
         return repaired.requires_grad_(True)
 
 

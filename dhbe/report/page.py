@@ -18,7 +18,7 @@ from PIL import Image
 
 from dhbe.report import former
 from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows, work
-from dhbe.report.texts import drawing
+from dhbe.report.texts import decimals, drawing
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -51,6 +51,7 @@ def write_page(folder: Path) -> Path:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["decimals"] = decimals
     pictures = sorted((folder / "pictures").glob("*.png"))
     page = environment.get_template("run.html").render(
         m=metrics,

@@ -39,6 +39,11 @@ def _each_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFram
     return table
 
 
+def decimals(value: float | None, digits: int) -> str:
+    """A number for people; a dash where none was measured, or it was not finite."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def cell(text: str) -> str:
     """Text for a cell of a Markdown table, in one line: no markup, no links, no further cells."""
     safe = html.escape(" ".join(text.split()), quote=False)
