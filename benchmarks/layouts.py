@@ -377,6 +377,24 @@ KINDS: list[Kind] = [
         options=("data.image_size=32",),
     ),
     Kind(
+        name="torchvision DenseNet-121",
+        network=lambda: torchvision.models.densenet121(num_classes=5),
+        save=plain,
+        options=("data.image_size=32",),
+    ),
+    Kind(
+        name="torchvision EfficientNet-B0",
+        network=lambda: torchvision.models.efficientnet_b0(num_classes=5),
+        save=plain,
+        options=("data.image_size=32",),
+    ),
+    Kind(
+        name="timm ConvNeXt",
+        network=lambda: timm.create_model("convnext_atto", num_classes=5),
+        save=plain,
+        options=("data.image_size=32",),
+    ),
+    Kind(
         name="timm ViT",
         network=lambda: timm.create_model(
             "vit_tiny_patch16_224", num_classes=5, img_size=32, patch_size=8

@@ -26,7 +26,7 @@ from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
 from dhbe.victim.source import build_network
 from tests.conftest import small
-from tests.support.networks import PreAct, ResNet, Wide
+from tests.support.networks import PreAct, Wide
 from tests.support.writers import Wrapped, backdoorbench, prefixed, save_all
 
 PROBE = ("probe.images=4", "probe.steps=1", "probe.width=4", "trainer.threads=1")
@@ -44,11 +44,6 @@ def cifar_stem() -> nn.Module:
 
 
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
-    "BackdoorBox ResNet18": (
-        lambda: ResNet(64, (2, 2, 2, 2), convolved=True, classes=10),
-        "resnet18",
-        32,
-    ),
     "BackdoorBench PreAct": (lambda: PreAct(classes=10), "preact_resnet18", 32),
     "Wide ResNet": (lambda: Wide(classes=10), "wrn_16_1", 32),
     "timm resnet18": (cifar_stem, "resnet18", 32),
@@ -57,21 +52,9 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
         "torchvision",
         32,
     ),
-    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=10), "resnet18", 64),
-    "torchvision densenet": (
-        lambda: torchvision.models.densenet121(num_classes=10),
-        "torchvision",
-        32,
-    ),
-    "torchvision efficientnet": (
-        lambda: torchvision.models.efficientnet_b0(num_classes=10),
-        "torchvision",
-        32,
-    ),
-    "timm convnext": (lambda: timm.create_model("convnext_atto", num_classes=10), "timm", 32),
     "timm vit": (
         lambda: timm.create_model(
-            "vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=4
+            "vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8
         ),
         "timm",
         32,
