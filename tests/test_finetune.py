@@ -197,7 +197,7 @@ def test_nearly_the_data_sets_normalisation_is_told_apart(tmp_path: Path, compos
     images = natural_images(3, 32, 1000)
     assert images is not None
     torch.manual_seed(0)
-    network = CifarResNet(widths=[16, 32], blocks=1, classes=10, channels=3, image_size=32)
+    network = CifarResNet(widths=[8, 16], blocks=1, classes=10, channels=3, image_size=32)
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for mean, std, replaced in (
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
