@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dhbe.config.resolvers import register_resolvers
 from dhbe.core.types import DataSpec
@@ -37,21 +39,24 @@ def names(group: str) -> list[str]:
 @pytest.fixture
 def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
     """Function that composes a config from overrides, with all outputs in a temporary folder."""
-    register_resolvers()
+    outputs = {"paths.victims": f"{tmp_path}/victims", "paths.results": f"{tmp_path}/results"}
 
     def composed(*overrides: str) -> DictConfig:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose(
-                "config",
-                overrides=[
-                    f"paths.victims={tmp_path}/victims",
-                    f"paths.results={tmp_path}/results",
-                    *overrides,
-                ],
-            )
+        config = copy.deepcopy(_composed(overrides))
+        for key in outputs.keys() - {o.partition("=")[0] for o in overrides}:
+            OmegaConf.update(config, key, outputs[key])
+        return config
 
     return composed
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Composing takes 0.1 seconds, and many tests ask for the same config."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
 
 
 @pytest.fixture
