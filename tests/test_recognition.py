@@ -24,6 +24,7 @@ from dhbe.data.natural import natural_images, natural_inputs
 from dhbe.game import ImageGenerator
 from dhbe.models import Normalized
 from dhbe.models.interface import contiguous_input, prepared
+from dhbe.models.own import channels_of, side_of
 from dhbe.models.resnet import CifarResNet, SmallResNet
 from tests.conftest import CONF, make_spec, names, small
 from tests.support.networks import Flat, Pair, ResNet, Wide
@@ -270,11 +271,36 @@ def test_any_module_is_purified_in_memory() -> None:
     model.load_state_dict(purified.state_dict(), strict=True)
 
 
+class Perceptron(nn.Module):
+    """Images of any shape are cut into rows, several of one image where it is larger."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(pixels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(x.reshape(-1, self.linear.in_features))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "side"),
+    [(784, 1, 28), (3072, 3, 32), (12288, 3, 64), (1000, None, None)],
+)
+def test_linear_layers_tell_what_images_they_take(
+    pixels: int, channels: int | None, side: int | None
+) -> None:
+    network = Perceptron(pixels)
+    assert channels_of(network) == channels
+    assert side_of(network, channels or 3) == side
+
+
 def test_what_is_no_classifier_of_images_is_refused() -> None:
     for model, options, message in (
         (Pair(), {"image_size": 32, "classes": 5}, "returns a tuple; expected a tensor of logits"),
         (Pair(), {}, "image_size=None: expected a number of pixels"),
         (Flat(), {"image_size": 32, "classes": 5}, r"does not take images of shape \(1, 32, 32\)"),
+        (Perceptron(784), {"image_size": 56, "classes": 5}, "makes 16 rows of 4 images"),
         (Flat(), {"classes": 7}, "data.classes=7: expected the network's outputs"),
         (nn.Flatten(0), {"image_size": 8}, "to logits"),
     ):

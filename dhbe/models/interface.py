@@ -27,7 +27,7 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
     Raises:
         ConfigError: it takes other images, or gives something else than logits.
     """
-    rng = generator(0, "somebody's network")
+    rng = generator(0, "foreign network")
     x = torch.randn((4, *spec.shape), generator=rng)
     network.eval()
     try:
@@ -37,6 +37,11 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
             f"the network does not take images of shape {spec.shape} ({type(error).__name__}: "
             f"{str(error)[:300]}); set data.image_size= and data.channels= to what it takes"
         ) from error
+    if isinstance(out, Tensor) and len(out) != len(x):
+        raise ConfigError(
+            f"the network makes {len(out)} rows of {len(x)} images of shape {spec.shape}, so it "
+            "takes others; set data.image_size= and data.channels= to what it takes"
+        )
     if not isinstance(out, Tensor):
         raise ConfigError(
             f"the network returns a {type(out).__name__}; expected a tensor of logits "

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from operator import attrgetter
@@ -125,9 +126,17 @@ def digest_of(factory: str) -> str:
 
 
 def channels_of(network: nn.Module) -> int | None:
-    """Channels of the images, from the first convolution; None without one."""
-    kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
-    return kernels[0].shape[1] if kernels else None
+    """Channels of the images, from the first convolution, else from the first linear layer.
+
+    An input of that layer counts as an image of one or three channels if its size is a square.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            return module.in_channels
+        if isinstance(module, nn.Linear):
+            pixels = {c: module.in_features / c for c in (3, 1)}
+            return next((c for c, n in pixels.items() if n == math.isqrt(int(n)) ** 2), None)
+    return None
 
 
 @torch.no_grad()
@@ -137,10 +146,11 @@ def sides_of(network: nn.Module, channels: int, sides: tuple[int, ...] = TRIALS)
     network = network.eval()
     for side in sides:
         try:
-            network(torch.zeros(1, channels, side, side))
+            out = network(torch.zeros(1, channels, side, side))
         except (RuntimeError, ValueError, AssertionError, IndexError):
             continue
-        taken.append(side)
+        if not isinstance(out, Tensor) or len(out) == 1:  # else it was cut into several images
+            taken.append(side)
     return taken
 
 
