@@ -55,8 +55,7 @@ def seal(file: Path) -> None:
         content.seek(-2, os.SEEK_END)  # the length of the comment, so far 0
         content.write(SEAL.to_bytes(2, "little"))
         content.seek(0)
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-        content.seek(0, os.SEEK_END)
+        found = hashlib.sha256(content.read()).hexdigest()
         content.write(MARK + found.encode())
 
 
