@@ -59,8 +59,11 @@ ZOO = [
     *("data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "victim.epochs=2"),
     *("trainer.threads=1", "trainer.observe_every=1", "defense=none,clp"),
 ]
-SIZES = [40, 80, 120, 160, 200, 240, 320, 400, 500, 600, 800, 1000]
-"""kB, and for inodes the same over 20."""
+SIZES = {
+    "size={}k": [50, 100, 200, 400, 600, 800, 1000, 1200, 1500, 2000, 3000, 4000],
+    "nr_inodes={}": [2, 4, 6, 8, 10, 12, 16, 20, 25, 30, 40, 50],
+}
+"""Options of tmpfs; the last ones are room enough."""
 
 
 class State(ctypes.Structure):
@@ -250,14 +253,13 @@ def table(folder: Path) -> list[str]:
     return [line for line in lines if "second" not in line]
 
 
-def small(kind: str) -> Callable[[argparse.Namespace], int]:
+def small(option: str) -> Callable[[argparse.Namespace], int]:
     """Twelve small file systems, one after the other; then room enough."""
 
     def tried(options: argparse.Namespace) -> int:
         expected, _ = calm(CELL)
         bad = 0
-        for size in SIZES:
-            limit = f"size={size}k" if kind == "disk" else f"nr_inodes={size // 20}"
+        for limit in map(option.format, SIZES[option]):
             with trial() as t:
                 mount(t.folder, limit)
                 status = t.call(CELL)
@@ -312,7 +314,7 @@ def as_host(name: str, start: Callable[[], int]) -> int:
 
 SUBJECTS: dict[str, Callable[[argparse.Namespace], int]] = {
     **{f.__name__: f for f in (kill, full, clock, joblib, sweep, hosts)},
-    **{kind: small(kind) for kind in ("disk", "inodes")},
+    **{kind: small(option) for kind, option in zip(("disk", "inodes"), SIZES, strict=True)},
 }
 
 
