@@ -52,7 +52,7 @@ def purify() -> None:
     """Console entry point ``dhbe-purify FILE [key=value ...]``: ``task=purify checkpoint=FILE``."""
 
     def purified() -> None:
-        refuse_ignored(sys.argv[2:])
+        refuse_ignored(["task=purify", *sys.argv[2:]])
         sys.argv[1:] = purify_arguments(sys.argv[1:])
         compose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import warnings
@@ -14,19 +15,22 @@ import pytest
 from matplotlib.text import Text
 
 from dhbe.report.collect import collect, merge
-from dhbe.report.damaged import Damage
+from dhbe.report.damaged import Damage, listed
 from dhbe.report.failed import failures
 from dhbe.report.figures import figures
 from dhbe.report.folder import finished
 from dhbe.report.page import _curves
 from dhbe.report.publish import write_figures, write_report
 from dhbe.report.tables import labels, markdown
-from dhbe.report.texts import drawing, neutral, original
+from dhbe.report.texts import drawing, neutral, original, printable
 from tests.conftest import ROOT
 from tests.support.commands import called
 from tests.support.report import write_cell
 
-ODD = ["=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "'=x", "'", "plain", "\ttab", "a|b", "<b>", "$x$"]
+ODD = [
+    *("=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "'=x", "'", "plain", "\ttab", "\rcr", "\nlf", "＝1"),
+    *("a|b", "<b>", "$x$"),
+]
 
 
 @pytest.fixture
@@ -164,11 +168,25 @@ def test_the_command_shows_what_is_sound_and_lists_the_rest(cells: Path, tmp_pat
 
 def test_no_text_of_a_csv_is_a_formula_and_all_come_back(tmp_path: Path) -> None:
     table = pd.DataFrame({"attack": ODD, "rate": [-float(i) for i in range(len(ODD))]})
-    neutral(table).to_csv(tmp_path / "t.csv", index=False)
+    neutral(table).to_csv(tmp_path / "t.csv", index=False, quoting=csv.QUOTE_NONNUMERIC)
     read = pd.read_csv(tmp_path / "t.csv")
-    assert not read["attack"].str.startswith(("=", "+", "-", "@", "\t", "\r")).any()
+    assert not read["attack"].str.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝")).any()
     assert original(read)["attack"].tolist() == ODD
     assert read["rate"].tolist() == table["rate"].tolist(), "numbers stay numbers"
+
+
+def test_names_that_no_text_can_hold(tmp_path: Path) -> None:
+    """Linux takes any bytes for a name; Python keeps those of Latin-1 as lone surrogates."""
+    latin = "caf\udce9"
+    assert printable({latin: [latin, 1]}) == {"caf\\udce9": ["caf\\udce9", 1]}
+    (tmp_path / "lost" / latin).mkdir(parents=True)
+    (tmp_path / "lost" / latin / "metrics.json").write_text("{")
+    write_cell(tmp_path / latin, seed=0, asr=0.1, model=latin)
+    found = collect([tmp_path], damaged := [])
+    extra = {"Damaged": listed(damaged)}
+    write_report(found, failures([tmp_path], found), tmp_path / "out", extra)
+    assert "caf\\udce9" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "udce9" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -111,6 +111,29 @@ def test_states_of_a_cell(tmp_path: Path) -> None:
     assert state(folder) == "done"
 
 
+def test_states_of_cells_whose_folders_bear_other_names(tmp_path: Path) -> None:
+    """``hydra.sweep.subdir=${hydra.job.num}``: whose result it is, not what it is called."""
+    place, folder = tmp_path / CELL, tmp_path / "7"
+    callback = Sweep(workers=0)
+    callback.on_job_start(job(folder))
+    assert state(place) == "waiting"
+    (tmp_path / ".7.partial").mkdir()
+    assert state(place) == "begun"
+    with FileLock(tmp_path / ".7.lock"):
+        assert state(place) == "running"
+    folder.mkdir()
+    write_json(folder / "metrics.json", {"cell": "another"})
+    assert state(place) == "begun", "another sweep has put its result there"
+    write_json(folder / "metrics.json", {"cell": CELL})
+    assert state(place) == "done"
+    known = {"name": "sweep", "started": 0.0, "results": str(tmp_path), "data": "d"}
+    _, over = view(Plan(**known, cells=[["seed=0"]]), [CELL])
+    assert over
+    callback.on_job_start(job(place))
+    assert state(place) == "waiting", "now it is computed under its own name"
+    callback.on_job_end(job(place), JobReturn(_return_value=None, status=JobStatus.COMPLETED))
+
+
 def test_names_of_cells_are_those_of_the_run(swept: tuple[Path, Any]) -> None:
     folder, _ = swept
     plan = newest(str(folder / "results"), Path("nowhere"))
@@ -269,6 +292,13 @@ def test_another_folder_for_the_job_moves_no_paths(swept: tuple[Path, Any], tmp_
         (["+sweep=quick"], r"\+sweep=quick: has no effect without --multirun; add -m"),
         (["hydra/launcher=joblib", "seed=0"], "hydra/launcher=joblib: has no effect without"),
         (["hydra.sweep.dir=x", "seed=0"], "hydra.sweep.dir=x: has no effect without"),
+        (["-m", "+hydra.launcher=joblib"], r"\+hydra.launcher=joblib: .*hydra/launcher=joblib"),
+        (["-m", "seed=0,1", "seed=2"], "seed=0,1 seed=2: given twice; write seed=0,1,2"),
+        (["-m", "+sweep=quick", "seed=0", "++seed=1"], "seed=0 seed=1: given twice"),
+        (["+defence=clp"], "nothing reads defence; did you mean defense=clp"),
+        (["++atack.target_class=1"], "nothing reads atack.target_class"),
+        (["+paths.result=x"], "nothing reads paths.result; did you mean paths.results=x"),
+        (["+checkpoint=a.pt"], "nothing reads checkpoint; write task=purify checkpoint=a.pt"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -288,6 +318,11 @@ def test_what_would_be_ignored_is_refused_in_one_line(words: list[str], message:
         ["hydra/launcher=joblib", "-c", "job"],
         ["seed=0", "hydra.run.dir=x"],
         ["-m", "hydra.sweep.dir=x", "data.root=a=b"],
+        ["+experiment=cpu_badnets", "+trainer.threads=1", "+logger=null", "++seed=1"],
+        ["task=purify", "++checkpoint=a.pt", "+schedule@attack.late=cosine"],
+        ["--multirun", "seed=0,1", "--multirun"],
+        ["+my.rate=0.1", "attack.poison_rate=${my.rate}"],
+        ["-m", "seed=0", "seed=0"],
     ],
     ids=" ".join,
 )
@@ -295,6 +330,11 @@ def test_what_means_something_passes(words: list[str]) -> None:
     refuse_ignored(words)
     with pytest.raises(ConfigError):  # whatever else is there, a mistake is seen
         refuse_ignored(["hydra.launcher=joblib", *words])
+
+
+def test_a_value_that_a_later_one_replaces_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    refuse_ignored(["seed=0", "defense=clp", "seed=1"])
+    assert caplog.messages == ["seed=0: replaced by the later seed=1"]
 
 
 def test_a_mistake_on_the_command_line_ends_with_status_2(tmp_path: Path) -> None:

@@ -148,3 +148,18 @@ def test_a_victim_is_judged_once_for_the_defenses_that_share_it(
     assert len(judged) == 2 + 1 + 2 + 2, "another victim in between: it is judged anew"
     assert found[0]["victim"] == found[1]["victim"] == found[3]["victim"]
     assert found[1]["purified"] == found[3]["purified"]
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    """As what is left of a half-deleted result; with ``force=true`` as well."""
+    folder = ResultFolder(tmp_path / "out")
+    folder.path.mkdir()
+    (folder.path / "notes.txt").touch()
+    with (
+        pytest.raises(DHBEError, match=r"out: holds files, but no complete result"),
+        folder.claimed(),
+    ):
+        pytest.fail("nothing may be computed")
+    (folder.path / "notes.txt").unlink()
+    with folder.claimed():
+        pass

@@ -91,6 +91,31 @@ def test_an_edit_with_mended_hashes_is_noticed(
         again(compose_config, tmp_path, made, change)
 
 
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"acc": 0.99}, "acc .* on training images, but 0.99 when it was made"),
+        ({"asr": None}, "asr .* on training images, but None when it was made"),
+        ({"change": "large"}, "change .* on training images, but large when it was made"),
+        ({"ra": 1.0}, "ra None on training images, but 1.0 when it was made"),
+        ({}, "acc .* on training images, but None when it was made"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_forged_figures_with_mended_hashes_are_noticed(
+    compose_config: Compose, tmp_path: Path, made: Path, rates: dict, message: str
+) -> None:
+    shutil.copytree(made, tmp_path / "victims")
+    (file,) = (tmp_path / "victims").glob("[!.]*/victim.json")
+    about = json.loads(file.read_text())
+    about.pop("seal")
+    about["measured"] = about["measured"] | rates if rates else {}
+    file.write_text(json.dumps(about | {"seal": fingerprint(about)}))
+    train._verified.clear()
+    with pytest.raises(ArtefactError, match=rf"{message}.*; delete .* to train it anew"):
+        pipeline.run(compose_config(*TINY), tmp_path / "out", CHOICES)
+
+
 def test_an_untouched_victim_passes_and_is_measured_once(
     compose_config: Compose, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +129,7 @@ def test_an_untouched_victim_passes_and_is_measured_once(
 
 
 def test_an_edit_of_what_stands_beside_the_weights_is_noticed(
-    compose_config: Compose, tmp_path: Path, made: Path
+    compose_config: Compose, tmp_path: Path, made: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(made, tmp_path / "victims")
     (about,) = (tmp_path / "victims").glob("[!.]*/victim.json")
@@ -117,4 +142,5 @@ def test_an_edit_of_what_stands_beside_the_weights_is_noticed(
     about.write_text(json.dumps(found))
     train._verified.clear()
     kept = pipeline.run(compose_config(*TINY), tmp_path / "out", CHOICES)
-    assert kept["cached_victim"], "made by an earlier version"
+    assert kept["cached_victim"]
+    assert "made by an earlier version, without rates to compare it with" in caplog.text

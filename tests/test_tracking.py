@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import pickle
+import signal
 import socket
 import struct
 import time
@@ -29,6 +31,7 @@ from dhbe.sweeping.callback import Sweep
 from tests.conftest import ROOT
 from tests.support.commands import Command, called
 from tests.support.launch import continued, job
+from tests.support.wandb_server import WandbServer
 
 METRICS = {
     "victim": {"acc": 0.7, "asr": 1.0, "asr_conditional": None},
@@ -271,6 +274,43 @@ def test_wandb_without_key_says_so(
     assert len(tried) == 1, "not once more in clean-up"
     assert tried[0]["settings"]["init_timeout"] <= 10
     assert tried[0]["settings"]["finish_timeout"] <= 30
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("lost", ["server", "process"])
+def test_wandb_lost_in_the_midst_of_a_run_costs_no_result(
+    compose_config: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lost: str,
+) -> None:
+    """The server goes, or wandb's own process is killed; the next run has another one."""
+    wandb = pytest.importorskip("wandb")
+    server = WandbServer()
+    silent(monkeypatch, tmp_path, WANDB_BASE_URL=server.url, WANDB_API_KEY="a" * 40)
+    monkeypatch.setattr(trackers, "LIMITS", trackers.LIMITS | {"finish_timeout": 1})
+    wandb.teardown()
+    folder = tmp_path / "partial"
+    start = 0.0
+    with caplog.at_level(logging.WARNING):
+        with tracked(plain(compose_config("logger=wandb")), CHOICES, folder) as logger:
+            assert logger is not None
+            logger.log_metrics({"student/distill": 0.5}, step=1)
+            if lost == "server":
+                server.lose()
+            else:
+                service = wandb.setup().ensure_service()
+                os.kill(service._proc._process.pid, signal.SIGKILL)
+                time.sleep(0.5)
+            start = time.monotonic()
+            logger.log_metrics({"student/distill": 0.4}, step=2)
+            report(logger, METRICS, PICTURES)
+        assert time.monotonic() - start < 20
+    told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
+    assert len(told) == (lost == "process"), "wandb itself says that the server is lost"
+    run(plain(compose_config("logger=wandb", "logger.offline=true")))
+    assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == 1
     wandb.teardown()
 
 

@@ -208,7 +208,7 @@ def test_wide_pixels_are_scaled(image: Image.Image, kind: str, said: str, channe
     [
         (RAMP.astype(np.float32) * 300, "floats from 0 to 300, expected 0 to 1"),
         (np.full((SIZE, SIZE), np.nan, np.float32), "floats from nan"),
-        ((RAMP * 1e6).astype(np.int32), "32-bit integers, whose range is not known"),
+        ((RAMP * 1e6).astype(np.int32), "signed integers, whose range is not known"),
     ],
 )
 def test_pixels_of_unknown_range_are_refused(pixels: np.ndarray, message: str) -> None:

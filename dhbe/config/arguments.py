@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
 from collections.abc import Iterator
 
 from dhbe.core.errors import ConfigError
+from dhbe.core.paths import CONF
+
+log = logging.getLogger(__name__)
 
 LOOKS = (
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"),
@@ -19,6 +24,11 @@ VALUED = (
 """Options of Hydra whose value may be the next word."""
 GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging", "env", "help", "output")
 """Config groups of Hydra."""
+KEYS = ("seed", "clean_baseline", "complete", "force", "paths", "hydra")
+"""Keys of ``conf/config.yaml`` that are no groups."""
+PLACES = ("paths.data", "paths.victims", "paths.results")
+OF_PURIFY = ("checkpoint", "key", "trigger", "suspected", "probe")
+"""Keys that ``task=purify`` brings."""
 OF_SWEEPS = re.compile(r"hydra([./])(launcher|sweeper|sweep)\b.*")
 
 
@@ -29,13 +39,13 @@ def refuse_ignored(words: list[str]) -> None:
         ConfigError: something would be ignored; says what to write in its place.
     """
     overrides = [w for w in words if "=" in w and not w.startswith("-")]
-    if found := [*misplaced(words), *misspelt(overrides)]:
+    if found := [*misplaced(words), *misspelt(overrides), *unread(overrides)]:
         raise ConfigError("\n".join(found))
     if any(w.split("=")[0] in LOOKS for w in words):
         return
     mode = next((o.partition("=")[2] for o in overrides if o.startswith("hydra.mode=")), "")
     several = mode.upper() == "MULTIRUN" or any(map(asks_for_several, words))
-    if found := list(without_effect(overrides, several=several)):
+    if found := [*without_effect(overrides, several=several), *replaced(overrides, several)]:
         raise ConfigError("\n".join(found))
 
 
@@ -72,6 +82,40 @@ def misspelt(overrides: list[str]) -> Iterator[str]:
             sweeps += value.split(",")
     if len(sweeps) > 1:
         yield f"+sweep={','.join(sweeps)}: one sweep at a time; call the command once for each"
+
+
+def unread(overrides: list[str]) -> Iterator[str]:
+    """New keys, made with ``+``, that nothing reads; Hydra refuses unknown ones without it."""
+    known = [*KEYS, *(p.name for p in CONF.iterdir() if p.is_dir())]
+    known += OF_PURIFY if "task=purify" in overrides else ()
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        top = re.split("[./@]", key)[0]
+        used = any(f"${{{top}" in other for other in overrides)
+        if override[0] != "+" or used or (top in known and (top != "paths" or key in PLACES)):
+            continue
+        near = difflib.get_close_matches(key, [*known, *PLACES], n=1)
+        remedy = f"did you mean {near[0]}={value}?" if near else "leave it out"
+        if top in OF_PURIFY:
+            remedy = f"write task=purify {key}={value}"
+        yield f"{override}: nothing reads {key}; {remedy}"
+
+
+def replaced(overrides: list[str], several: bool) -> Iterator[str]:
+    """Values that a later one of the same key replaces.
+
+    In a sweep each of the first ones would be computed, with the value of the last. In a single run
+    the last one counts, as in other programs, and the log says so.
+    """
+    last: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        before = last.get(key, value)
+        if before != value and several:
+            yield f"{key}={before} {key}={value}: given twice; write {key}={before},{value}"
+        elif before != value:
+            log.warning("%s=%s: replaced by the later %s=%s", key, before, key, value)
+        last[key] = value
 
 
 def without_effect(overrides: list[str], *, several: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dhbe.config.linked import named_files
 from dhbe.core.folders import below
 from dhbe.core.paths import PACKAGE
 
@@ -104,8 +105,9 @@ def content(paths: Iterable[Path]) -> str:
     """Fingerprint of a user's files: their bytes; of folders names, sizes and times of all files.
 
     Links are followed. Small folders are known by the bytes of their files as well: an archive may
-    unpack another version with the same times. Empty if nothing is there, and what cannot be read
-    counts as such; who reads the files says so in its own words.
+    unpack another version with the same times. Of tables that name image files, these count too.
+    Empty if nothing is there, and what cannot be read counts as such; who reads the files says so
+    in its own words.
     """
     states = [_state(path) for path in paths if os.path.exists(path)]
     return fingerprint(states) if states else ""
@@ -113,13 +115,18 @@ def content(paths: Iterable[Path]) -> str:
 
 def _state(path: Path) -> list[Any]:
     if not os.path.isdir(path):
-        return [path.name, _digest(path)]
+        named = named_files(path) if path.suffix == ".parquet" else []
+        return [path.name, _digest(path), *_states({str(f): f for f in named})]
     unread: list[str] = []
     files = [f for f in below(path, lambda e: unread.append(str(e))) if not os.path.isdir(f)]
-    found: list[list[Any]] = [[f.relative_to(path).as_posix(), *_stamp(f)] for f in files]
+    return _states({f.relative_to(path).as_posix(): f for f in files}) + unread
+
+
+def _states(files: dict[str, Path]) -> list[Any]:
+    found: list[list[Any]] = [[name, *_stamp(f)] for name, f in files.items()]
     if sum(state[1] for state in found) <= SMALL:
-        return [[*state, _digest(f)] for state, f in zip(found, files, strict=True)] + unread
-    return found + unread
+        return [[*state, _digest(f)] for state, f in zip(found, files.values(), strict=True)]
+    return found
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def of_file(error: OSError) -> str:
     if error.errno in MACHINE:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{cause}: {MACHINE[error.errno]}"
-    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    path = path_of(error)
     name = str(Path(path).absolute()) if path else ""
     wrote = written(error)
     done = {True: "written", False: "read", None: "read or written"}[wrote]
@@ -86,6 +86,12 @@ def of_file(error: OSError) -> str:
     elif not wrote:
         remedy = "check that it is there and that you may read it"
     return f"{name or 'a file'}: cannot be {done} ({cause}); {remedy}"
+
+
+def path_of(error: OSError) -> str:
+    """The path that failed; of a copy that was not to be written, the one that it was to have."""
+    names = [n for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
+    return os.fsdecode(names[-1 if error.errno in WRITTEN else 0]) if names else ""
 
 
 def written(error: OSError) -> bool | None:

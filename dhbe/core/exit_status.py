@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from dhbe.core.advice import advice, lost_worker
 from dhbe.core.errors import DHBEError, is_config_mistake
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+UNWRITABLE = "backslashreplace"
+"""What becomes of characters that a file or a terminal cannot show, as in names of Latin-1."""
 WISH = "DHBE_FULL_ERROR"
 """What the user set ``FULL_ERROR`` to, for processes that a run starts."""
 
@@ -34,6 +37,7 @@ def guarded(main: Callable[[], Any], *, worker_lost: Callable[[], Any] = lambda:
     os.environ.setdefault(WISH, os.environ.get(FULL_ERROR, "0"))
     os.environ[FULL_ERROR] = "1"  # Hydra hands exceptions on instead of printing them itself
     signal.signal(signal.SIGTERM, _terminated)
+    lenient()
     try:
         main()
     except KeyboardInterrupt:
@@ -47,6 +51,13 @@ def guarded(main: Callable[[], Any], *, worker_lost: Callable[[], Any] = lambda:
         message, status = told
         _complain(message)
         sys.exit(status)
+
+
+def lenient() -> None:
+    """Let no character end a command that is to be printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=UNWRITABLE)
 
 
 def explained(error: Exception) -> tuple[str, int] | None:

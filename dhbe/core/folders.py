@@ -8,8 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-LEFT_BEHIND = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-"""Names, besides those that start with a dot, that a file manager or an archive makes."""
+LEFT_BEHIND = {
+    *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "@eaDir", "#recycle"),
+    *("$RECYCLE.BIN", "System Volume Information"),
+}
+"""Names, besides those that start with a dot, that a system, a file manager or an archive makes."""
 
 
 def left_behind(name: str) -> bool:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dhbe.core.errors import DataError
 from dhbe.core.folders import below, left_behind
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+}
 Labelled = list[tuple[Path, int]]
 """Image files with their classes."""
 
@@ -24,7 +29,8 @@ def numbered(
     """Names of classes -> their numbers.
 
     If there is a list, a name is its place in it; names that are numbers are those numbers; other
-    names are counted in name order, over all parts together.
+    names are counted in name order, over all parts together. Accents are compared as they look,
+    not as they are written (macOS writes them as two characters).
 
     Args:
         parts: names that occur in each part (``train``, ``data.test=FOLDER`` ...), by its name.
@@ -35,7 +41,16 @@ def numbered(
     Raises:
         DataError: the names cannot be these classes.
     """
-    found = {part: sorted(set(names)) for part, names in parts.items()}
+    written = {n: unicodedata.normalize("NFC", n) for names in parts.values() for n in names}
+    found = {part: sorted({written[n] for n in names}) for part, names in parts.items()}
+    listed = None if listed is None else [unicodedata.normalize("NFC", n) for n in listed]
+    numbers = _numbered(found, classes, listed, what)
+    return {n: numbers[shown] for n, shown in written.items()}
+
+
+def _numbered(
+    found: Mapping[str, list[str]], classes: int | None, listed: list[str] | None, what: str
+) -> dict[str, int]:
     names = sorted({n for own in found.values() for n in own})
     where = " and ".join(found)
     if listed is not None and not set(names) <= set(listed) and not all(map(_is_number, names)):
@@ -45,11 +60,19 @@ def numbered(
         return {n: listed.index(n) for n in names}
     numeric = {part: all(map(_is_number, own)) for part, own in found.items() if own}
     if all(numeric.values()):
+        for part, own in found.items():
+            _once(part, own)
         return _numbers(names, f"{where}: {what}", classes)
     if any(numeric.values()):
         raise DataError(
             f"{where}: {next(p for p in numeric if numeric[p])} names its classes by numbers, "
             f"{next(p for p in numeric if not numeric[p])} does not; name them alike"
+        )
+    if numbers := [n for n in names if _is_number(n)]:
+        other = next(n for n in names if n not in numbers)
+        raise DataError(
+            f"{where}: {what} {numbers[0]} is named by a number, {other} is not; name them alike, "
+            "or list all names, in order, with data.class_names=[...]"
         )
     if classes is not None and len(names) != classes:
         raise DataError(
@@ -63,6 +86,17 @@ def numbered(
 
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
+
+
+def _once(part: str, names: Sequence[str]) -> None:
+    """Refuse two names of one number, which are two classes or one by mistake."""
+    first: dict[int, str] = {}
+    for name in names:
+        if first.setdefault(int(name), name) != name:
+            raise DataError(
+                f"{part}: {first[int(name)]} and {name} are the same number; rename one, or put "
+                "both together"
+            )
 
 
 def _numbers(names: Sequence[str], where: str, classes: int | None) -> dict[str, int]:
@@ -136,20 +170,35 @@ def labelled(
     folders = {part: class_folders(top) for part, top in parts.items()}
     names = {part: [f.name for f in own] for part, own in folders.items()}
     numbers = numbered(names, classes=classes, listed=listed)
-    found = {
-        part: [(file, numbers[folder.name]) for folder in own for file in image_files(folder)]
+    held = {
+        part: [(file, numbers[folder.name]) for folder in own for file in files_of(folder)]
         for part, own in folders.items()
         if only in (None, part)
     }
+    found = {p: [(f, label) for f, label in own if _is_image(f)] for p, own in held.items()}
     every = range(max(numbers.values(), default=-1) + 1 if classes is None else classes)
     names_of = {number: name for name, number in numbers.items()}
     names_of |= dict(enumerate(listed or ()))
-    notes = [
-        note
-        for part, files in found.items()
-        for note in lacking(part, {label for _, label in files}, every, names_of)
-    ]
+    notes = []
+    for part, files in found.items():
+        notes += lacking(part, {label for _, label in files}, every, names_of)
+        notes += _not_read(part, parts[part], [f for f, _ in held[part]])
     return found, notes
+
+
+def _not_read(part: str, top: Path, files: Sequence[Path]) -> Iterator[str]:
+    """The notes on files that are not named like images, or lie beside the folders of classes."""
+    others = Counter(f.suffix.lower() or f.name for f in files if not _is_image(f))
+    beside = [f for f in top.iterdir() if _is_image(f) and f.is_file()] if files else []
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.most_common(8))
+        yield f"{part} holds {sum(others.values())} files that are not read as images ({kinds})"
+    if beside:
+        yield f"{part} holds {len(beside)} images in no folder of a class, which are not read"
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not left_behind(file.name)
 
 
 def lacking(
@@ -182,22 +231,30 @@ def class_folders(top: Path) -> list[Path]:
         raise DataError(f"{top}: cannot be read ({error.strerror})") from error
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry):
-            raise DataError(
-                f"{entry}: a link to {os.readlink(entry)}, which is not there; mend or delete it"
-            )
+            raise _broken(entry)
     return [e for e in entries if os.path.isdir(e)]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """What is named like an image below a folder.
+def files_of(folder: Path) -> list[Path]:
+    """Files below the folder of a class, and what is named like an image.
 
     Raises:
-        DataError: a folder cannot be read, or a link in it leads back to a folder that contains it.
+        DataError: a folder cannot be read, a link in it leads back to a folder that contains it, or
+            a link that is not named like an image, so that it may stand for many, is broken.
     """
+    found = [f for f in below(folder, _refuse) if _is_image(f) or not os.path.isdir(f)]
+    for entry in found:
+        if not _is_image(entry) and not os.path.exists(entry):
+            raise _broken(entry)
+    return found
 
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"{error.filename}: cannot be read ({error.strerror}); mend or delete it"
-        ) from error
 
-    return [f for f in below(folder, refuse) if f.suffix.lower() in SUFFIXES]
+def _refuse(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename}: cannot be read ({error.strerror}); mend or delete it"
+    ) from error
+
+
+def _broken(link: Path) -> DataError:
+    where = os.readlink(link)
+    return DataError(f"{link}: a link to {where}, which is not there; mend or delete it")

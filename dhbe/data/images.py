@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -73,10 +73,15 @@ def unpack(
     try:
         with Image.open(io.BytesIO(blob), formats=FORMATS) as opened:
             if getattr(opened, "is_animated", False):
-                raise ValueError("animated; which frame is meant?")
+                if opened.format != "MPO":
+                    raise ValueError("animated; which frame is meant?")
+                say("with further pictures in the same JPEG file (MPO); the first is read")
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels, at most {MAX_PIXELS:,}")
             return how(opened, mode, say)
+    except UnidentifiedImageError as error:
+        what = f"none of {', '.join(FORMATS)}" if blob else "empty"
+        raise DataError(f"{name}: not a readable image ({what}); replace or delete it") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not a readable image ({error}); replace or delete it") from error
 

@@ -21,6 +21,12 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture of this orientation upright."""
+WHITE_IS_ZERO = 0
+"""Of a TIFF file's ``PHOTOMETRIC``; Pillow turns such pixels over only if they have 8 bits."""
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339
+"""TIFF tags."""
+SIGNED = 2
+"""Of a TIFF file's ``SAMPLE_FORMAT``; Pillow reads such bytes as unsigned ones."""
 UNREADABLE_EXIF = (OSError, ValueError, KeyError, TypeError, SyntaxError, struct.error)
 Say = Callable[[str], None]
 """Takes a remark on one picture, for the notes of a run."""
@@ -49,6 +55,7 @@ class Pixels:
         Raises:
             ValueError: pixels of a type whose range is not known.
         """
+        _refuse_misread(picture)
         turn = _orientation(picture)
         image = _eight_bits(picture, say)
         if turn in TURNS:
@@ -73,6 +80,18 @@ class Pixels:
         return Image.alpha_composite(under, covered)
 
 
+def _refuse_misread(picture: Image.Image) -> None:
+    """What Pillow would read wrongly, without a word; to be asked before it is loaded.
+
+    Raises:
+        ValueError: signed integers, or 16 bits of which one colour is transparent.
+    """
+    if SIGNED in np.atleast_1d(getattr(picture, "tag_v2", {}).get(SAMPLE_FORMAT, 1)):
+        raise ValueError("signed integers, whose range is not known; save it with 8 or 16 bits")
+    if "transparency" in picture.info and any(";16" in str(part[3]) for part in picture.tile):
+        raise ValueError("16 bits and a transparent colour; save it with an alpha channel")
+
+
 def _orientation(picture: Image.Image) -> int:
     """What EXIF says, 1 to 8; taken out, because Pillow turns TIFF files by itself."""
     try:
@@ -85,6 +104,9 @@ def _eight_bits(picture: Image.Image, say: Say) -> Image.Image:
     """Pixels of more bits, scaled by the range of their type: 65535 or 1.0 becomes 255.
 
     Pillow's own conversion cuts off whatever is larger than 255.
+
+    Raises:
+        ValueError: pixels of a type whose range is not known.
     """
     wide = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format != "TIFF")
     if wide:
@@ -104,6 +126,8 @@ def _eight_bits(picture: Image.Image, say: Say) -> Image.Image:
     else:
         picture.load()
         return picture
+    if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = 255 - values
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 

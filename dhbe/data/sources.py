@@ -78,6 +78,14 @@ class Parquet(Source):
                 f"paths.data={self.root}: no file matches {self.patterns[part]!r}; put the tables "
                 "there or set DHBE_DATA (or paths.data=) to the folder that holds them"
             )
+        shared = {f.resolve() for f in self.files("train")} & {
+            f.resolve() for f in self.files("test")
+        }
+        if shared:
+            raise DataError(
+                f"{min(shared)}: both in data.source.train={self.patterns['train']} and in "
+                f"data.source.test={self.patterns['test']}; no image may be in both"
+            )
         label = f"{found[0].parent}/{self.patterns[part]}"
         table, numbers = self._numbered(part, reading)
         if not table.labels:
@@ -118,12 +126,25 @@ class Parquet(Source):
         for other in others.values():
             tables.agree(table, other)
         if not table.texts and listed is None:
+            _same_numbers(table)
             return table, {}
         parts = {p: t.named() for p, t in ({part: table} | others).items()}
         file = Path(self.root).expanduser() / self.class_list
         names = {f"{self.root}/{self.patterns[p]}": t.labels for p, t in parts.items()}
         in_order = class_list(listed, [file], reading.classes)
         return parts[part], numbered(names, classes=reading.classes, listed=in_order, what="label")
+
+
+def _same_numbers(table: tables.Table) -> None:
+    """Refuse numbers whose names are other numbers, as of folders that were sorted as texts."""
+    named = [n for n in table.names or () if n.isascii() and n.isdecimal()]
+    wrong = [(i, n) for i, n in enumerate(table.names or ()) if n in named and int(n) != i]
+    if wrong and len(named) == len(table.names or ()):
+        number, name = wrong[0]
+        raise DataError(
+            f"{table.folders[0]}: the table says that label {number} is class {name!r}; which "
+            "number is meant? Say data.class_names=[...], all names in the order that you want"
+        )
 
 
 def _columns(table: tables.Table, reading: Reading) -> Iterator[str]:

@@ -15,7 +15,10 @@ from dhbe.core.errors import DataError
 from dhbe.data.images import image_bytes
 
 IMAGES = ("image", "img", "picture", "jpg", "png", "image_path", "path", "file_name", "file")
-PATHS = ("image_path", "path", "file_name", "file", "filename", "id", "__key__")
+PATHS = (
+    *("image_path", "path", "file_name", "file", "filename", "id", "__key__"),
+    *("idx", "index", "__index_level_0__"),
+)
 LABELS = ("label", "fine_label", "labels", "class", "target", "cls", "category")
 """Names of columns, the likeliest first; what is a path or a number of a row is no label."""
 DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError)
@@ -165,22 +168,21 @@ def _plain(kind: Any) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
 
 
 def _is_binary(kind: Any) -> bool:
-    return bool(
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in (*tests, pa.types.is_fixed_size_binary))
 
 
 def _holds_images(field: Any) -> bool:
     """Files, as structs or bare bytes, or the paths of files under a name that says so."""
     if pa.types.is_struct(field.type):
         return any(f.name in ("bytes", "path") for f in field.type)
-    return _is_binary(field.type) or (field.name in IMAGES and _is_text(field.type))
+    kind = _plain(field.type)
+    return _is_binary(kind) or (field.name in IMAGES and _is_text(kind))
 
 
 def _holds_labels(field: Any) -> bool:
@@ -194,13 +196,18 @@ def _holds_labels(field: Any) -> bool:
 def _images(column: Any) -> tuple[Any, Any]:
     """(files, names) of a column of structs or bare bytes; empty where there is none."""
     files = names = None
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if _is_text(column.type):
         names = column
     elif pa.types.is_struct(column.type):
-        column = column.combine_chunks()
-        fields = {f.name for f in column.type}
-        files = column.field("bytes") if "bytes" in fields else None
-        names = column.field("path") if "path" in fields else None
+        chunks, fields = column.chunks, {f.name: f.type for f in column.type}
+        files, names = (
+            pa.chunked_array([c.field(name) for c in chunks], fields[name])
+            if name in fields
+            else None
+            for name in ("bytes", "path")
+        )
     else:
         files = column
     size = len(column)
@@ -210,11 +217,12 @@ def _images(column: Any) -> tuple[Any, Any]:
 def _filled(column: Any, kind: Any, empty: Any, size: int) -> Any:
     if column is None:
         return pa.array([empty] * size, kind)
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
     if pa.types.is_fixed_size_binary(column.type):
         column = column.cast(pa.binary())
-    filled = pc.fill_null(column.cast(kind), pa.scalar(empty, kind))
+    column = column.cast(kind)  # before they are one: 32 bits count no more than 2 GB
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    filled = pc.fill_null(column, pa.scalar(empty, kind))
     filled.validate(full=True)  # a name that is no text fails here, not in a message
     return filled
 
@@ -233,6 +241,8 @@ def _labels(column: Any) -> list[Any]:
         whole = [int(v) for v in values]
         if whole != values:
             raise ValueError("labels that are not whole numbers")
+        if whole and not -(2**63) <= min(whole) <= max(whole) < 2**63:
+            raise ValueError("labels that are no 64-bit integers")
         return whole
     return values
 

@@ -114,10 +114,23 @@ class ResultFolder:
                 ) from error
             if self.older.exists():
                 self._recover()
+            self._refuse_others()
             try:
                 yield
             finally:
                 self._discard_unused()
+
+    def _refuse_others(self) -> None:
+        """Before anything is computed: nobody's files are replaced but those of a result.
+
+        Raises:
+            DHBEError: the folder holds others, or what is left of a result.
+        """
+        if not self.complete and self.path.is_dir() and any(self.path.iterdir()):
+            raise DHBEError(
+                f"hydra.run.dir={self.path}: holds files, but no complete result; choose another "
+                "folder, or delete it"
+            )
 
     def _discard_unused(self) -> None:
         """Remove a working folder that holds its mark alone; only who holds the lock may."""

@@ -9,6 +9,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -51,14 +52,20 @@ class Untroubled(Logger):
         """Of the entry."""
         return self.inner.version
 
-    def attempt(self, act: Callable[[], object]) -> None:
-        """Do something with the logger; after a failure nothing more is done."""
+    def attempt(self, act: Callable[[], object], *, quietly: bool = False) -> None:
+        """Do something with the logger; after a failure nothing more is done.
+
+        Args:
+            quietly: say nothing of a failure, because one was told already.
+        """
         if self.broken:
             return
         try:
             act()
         except Exception as error:
             self.broken = True
+            if quietly:
+                return
             said = advice(error) or f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("logger=%s: %s; the run goes on without it", self._name, said)
 
@@ -78,8 +85,18 @@ class Untroubled(Logger):
         """Finish the entry, if it was begun."""
         self.attempt(lambda: self.inner.finalize(status))
         if isinstance(self.inner, WandbLogger) and (entry := self.inner._experiment) is not None:
-            self.broken = False  # also after a failure, or the next run would go on with this one
-            self.attempt(lambda: entry.finish(exit_code=int(status != "success")))
+            told, self.broken = self.broken, False  # or the next run would go on with this entry
+            self.attempt(lambda: entry.finish(exit_code=int(status != "success")), quietly=told)
+            if self.broken:
+                _leave_wandb()
+
+
+def _leave_wandb() -> None:
+    """Let go of wandb's own process, which may be dead: the next run begins another one."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def wandb_settings() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dhbe.core.exit_status import lenient
 from dhbe.report.collect import collect, merge, relabel, select
 from dhbe.report.damaged import TITLE, UNREADABLE, Damage, listed
 from dhbe.report.failed import failures
@@ -38,6 +39,7 @@ def main() -> None:
         help="show published figures beside ours (without CSV: those that come with dhbe)",
     )
     options = parser.parse_args()
+    lenient()
     try:
         report(options)
     except (OSError, ValueError) as error:

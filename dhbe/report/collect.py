@@ -26,7 +26,7 @@ from dhbe.config.identity import METHOD as ERASED
 from dhbe.report import former
 from dhbe.report.damaged import UNREADABLE, Damage, check, damage, half_deleted
 from dhbe.report.folder import ROLES, below, read_metrics, speeds
-from dhbe.report.texts import original
+from dhbe.report.texts import original, printable
 
 CASE = ["data", "model", "attack", "attack_variant"]
 METHOD = ["defense", "budget", "selection", "defense_variant"]
@@ -94,11 +94,11 @@ def _attempt(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 
 def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    m = read_metrics(folder)
+    m = printable(read_metrics(folder))
     earlier = "scale" not in m
     m = former.metrics(m)
     check(m)
-    config = yaml.load((folder / "config.yaml").read_text(), Loader=yaml.CSafeLoader)
+    config = printable(yaml.load((folder / "config.yaml").read_text(), Loader=yaml.CSafeLoader))
     if not isinstance(config, dict):
         raise ValueError("config.yaml: holds no options")
     if m["attack"] == "none":
@@ -121,7 +121,7 @@ def _row(folder: Path, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
         named = [m[name] for name in names if name in m]
         row[column] = digest(named, flat)
         row[f"{column}_options"] = options.setdefault(row[column], flat)
-    return row | {"commit": m["commit"], "folder": str(folder)}
+    return row | {"commit": m["commit"], "folder": printable(str(folder))}
 
 
 def digest(names: list[str], options: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dhbe.report.folder import ROLES, below
+from dhbe.report.texts import printable
 
 TITLE = "Damaged, not counted"
 TEXTS = ("data", "model", "attack", "defense", "budget", "selection")
@@ -34,7 +35,7 @@ def damage(path: Path, error: Exception) -> Damage:
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
         said = f"lacks {said}"
-    found = Damage(str(path), said[:300])
+    found = Damage(printable(str(path)), printable(said[:300]))
     log.warning("%s: damaged, left out of the report: %s", *found)
     return found
 

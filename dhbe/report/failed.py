@@ -22,6 +22,7 @@ from dhbe.report import former
 from dhbe.report.collect import CASE, METHOD, OPTIONS, RUN, digest, flatten
 from dhbe.report.damaged import UNREADABLE, Damage, damage
 from dhbe.report.folder import below
+from dhbe.report.texts import printable
 
 ABLATION = "ablation"
 """Root key of a sweep that changes one of several options at a time."""
@@ -53,7 +54,7 @@ def failures(
     for file in sorted(files):
         cell = file.name[1:].removesuffix(SUFFIX)
         try:
-            record = json.loads(file.read_text())
+            record = printable(json.loads(file.read_text()))
             if not result.finished(file.parent / record.get("folder", cell), cell):
                 rows.append(_row(record, kin))
         except UNREADABLE as error:

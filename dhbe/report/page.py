@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dhbe.core.exit_status import UNWRITABLE
 from dhbe.report import former
 from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows, work
 from dhbe.report.texts import decimals, drawing
@@ -66,7 +67,7 @@ def write_page(folder: Path) -> Path:
         config=(folder / "config.yaml").read_text(),
     )
     target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
+    target.write_text(page, encoding="utf-8", errors=UNWRITABLE)
     return target
 
 

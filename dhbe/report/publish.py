@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from dhbe.core.exit_status import UNWRITABLE
 from dhbe.report.collect import OPTIONS, OPTIONS_FILE
 from dhbe.report.failed import SHOWN
 from dhbe.report.figures import figures
@@ -42,7 +44,7 @@ def write_report(
     }
     (out / OPTIONS_FILE).write_text(json.dumps(options, default=str))
     runs = table.drop(columns=OPTIONS)
-    neutral(runs).to_csv(out / "results.csv", index=False)
+    neutral(runs).to_csv(out / "results.csv", index=False, quoting=csv.QUOTE_NONNUMERIC)
     runs.to_parquet(out / "results.parquet", index=False)
     tables = {"ACC / ASR by attack": matrix(table, failed=failed)}
     if len(table):
@@ -55,9 +57,9 @@ def write_report(
     tables |= extra | {"Failed or skipped": failed[SHOWN]}
     tables = {title: found for title, found in tables.items() if not found.empty}
     sections = [f"## {title}\n\n{markdown(found)}" for title, found in tables.items()]
-    (out / "tables.md").write_text("\n".join(sections))
+    (out / "tables.md").write_text("\n".join(sections), encoding="utf-8", errors=UNWRITABLE)
     parts = [f"% {title}\n{latex(found)}" for title, found in tables.items()]
-    (out / "tables.tex").write_text("\n".join(parts))
+    (out / "tables.tex").write_text("\n".join(parts), encoding="utf-8", errors=UNWRITABLE)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dhbe.report", "templates"), autoescape=True
     )
@@ -65,7 +67,7 @@ def write_report(
         tables=tables | {"Every run": runs.drop(columns=HIDDEN, errors="ignore")},
         pictures=write_figures(table, out) if len(table) else [],
     )
-    (out / "index.html").write_text(page, encoding="utf-8")
+    (out / "index.html").write_text(page, encoding="utf-8", errors=UNWRITABLE)
     return tables
 
 

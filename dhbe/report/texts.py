@@ -10,13 +10,16 @@ import html
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import pandas as pd
 from matplotlib.axis import Axis
 from matplotlib.ticker import StrMethodFormatter
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+from dhbe.core.exit_status import UNWRITABLE
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
 """First characters that a spreadsheet may act upon, and the one that keeps it from that."""
 
 
@@ -28,6 +31,18 @@ def neutral(table: pd.DataFrame) -> pd.DataFrame:
 def original(table: pd.DataFrame) -> pd.DataFrame:
     """The table that ``neutral`` was given, read back."""
     return _each_text(table, lambda v: v[1:] if v[:1] == "'" and v[1:].startswith(FORMULA) else v)
+
+
+def printable(value: Any) -> Any:
+    """The same, in dicts and lists too, with what no UTF-8 can hold told by its code.
+
+    Names of files may be in Latin-1; Python keeps such bytes as lone surrogates.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", UNWRITABLE).decode()
+    if isinstance(value, dict):
+        return {printable(k): printable(v) for k, v in value.items()}
+    return [printable(v) for v in value] if isinstance(value, list) else value
 
 
 def _each_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:

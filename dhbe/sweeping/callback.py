@@ -26,6 +26,7 @@ from dhbe.sweeping.failures import (
     announce_job,
     failure_file,
     failure_record,
+    note_folder,
     place_of,
     record_lost_jobs,
     withdraw_job,
@@ -113,6 +114,7 @@ class Sweep(Callback):
             pin(slot)
         if config.hydra.mode == RunMode.MULTIRUN:
             self.place = place_of(config)
+            note_folder(config, self.place)
             announce_job(config, self.place)
             if self.group:  # of a sweep without +sweep=NAME
                 os.environ.setdefault("WANDB_RUN_GROUP", self.group)

@@ -66,6 +66,29 @@ def complete(place: Path, folder: str = "") -> bool:
     return finished(place.parent / (folder or place.name), place.name)
 
 
+def note_folder(config: DictConfig, place: Path) -> None:
+    """Note where a job's result folder lies, if that is not its place."""
+    note = _folder_note(place)
+    folder = Path(config.hydra.runtime.output_dir)
+    if folder.absolute() == place.absolute():
+        note.unlink(missing_ok=True)
+    else:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, os.path.relpath(folder, place.parent))
+
+
+def folder_of(place: Path) -> Path:
+    """Where the cell with this place had its result folder when it was last computed."""
+    try:
+        return place.parent / str(json.loads(_folder_note(place).read_text()))
+    except (OSError, ValueError):
+        return place
+
+
+def _folder_note(place: Path) -> Path:
+    return place.parent / PLANS / f"{place.name}.folder"
+
+
 def read_record(file: Path) -> dict[str, Any] | None:
     """A record of failure, or a note on a job; None, with a warning, if the file is damaged.
 

@@ -26,7 +26,8 @@ from rich.text import Text
 from dhbe.config.resolvers import name_of, register_resolvers
 from dhbe.core.locks import held
 from dhbe.core.paths import CONF
-from dhbe.sweeping.failures import PLANS, complete, failure_file, read_record, write_json
+from dhbe.report.folder import finished
+from dhbe.sweeping.failures import PLANS, failure_file, folder_of, read_record, write_json
 from dhbe.sweeping.plan import Plan
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
@@ -80,26 +81,28 @@ class Names:
         return self.found
 
 
-def state(folder: Path, since: float = 0.0) -> str:
-    """One of ``STATES``, of the cell with this result folder.
+def state(place: Path, since: float = 0.0) -> str:
+    """One of ``STATES``, of the cell with this place, see ``dhbe.sweeping.failures.place_of``.
 
     Args:
         since: failures before this time are those of an older launch, and will be tried again.
     """
-    if complete(folder):
+    folder = folder_of(place)
+    if finished(folder, place.name):
         return "done"
     if held(folder):
         return "running"
     with suppress(FileNotFoundError):
-        record = read_record(failure_file(folder))
+        record = read_record(failure_file(place))
         if record is None or record["time"] >= since:
             return "failed"
     return "begun" if folder.with_name(f".{folder.name}.partial").exists() else "waiting"
 
 
-def left(plan: Plan, folders: list[Path], states: list[str]) -> timedelta | None:
+def left(plan: Plan, places: list[Path], states: list[str]) -> timedelta | None:
     """Time until the last cell ends, at the pace since the launch; None: nothing to go by."""
-    ends = [f / "metrics.json" for f, s in zip(folders, states, strict=True) if s == "done"]
+    done = [folder_of(p) for p, s in zip(places, states, strict=True) if s == "done"]
+    ends = [folder / "metrics.json" for folder in done]
     fresh = sum(e.stat().st_mtime > plan.started for e in ends)
     todo = len(plan.cells) - len(ends) - states.count("failed")
     if not todo:
@@ -111,10 +114,10 @@ def left(plan: Plan, folders: list[Path], states: list[str]) -> timedelta | None
 
 def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:
     """What the terminal shows, and whether nothing is left to wait for."""
-    folders = [Path(plan.results) / n for n in names]
-    states = [state(f, plan.started) for f in folders]
+    places = [Path(plan.results) / n for n in names]
+    states = [state(p, plan.started) for p in places]
     count, total = Counter(states), len(plan.cells)
-    rest = left(plan, folders, states)
+    rest = left(plan, places, states)
     head = f"{plan.name} in {plan.results}: {count['done']} of {total} cells done, "
     head += f"time left {'unknown' if rest is None else rest}"
     if len(names) < total:
@@ -128,7 +131,7 @@ def view(plan: Plan, names: list[str]) -> tuple[Table, bool]:
             line = Text(f"{wanted}: {plan.label(plan.cells[i])}", style=STATES[wanted])
             table.add_row(line)
             if wanted == "failed":
-                table.add_row(f"  {cause(failure_file(folders[i]))}")
+                table.add_row(f"  {cause(failure_file(places[i]))}")
     return table, count["done"] + count["failed"] == total
 
 

@@ -38,7 +38,7 @@ class Victim:
 
     Attributes:
         work: of its trainings; None where it was not counted.
-        measured: what ``train.measure`` found when it was made; empty where that is not known.
+        measured: what ``train.measure`` found when it was made; None: made by an earlier version.
         sha256: of the stored weights; None if they are not stored.
     """
 
@@ -49,7 +49,7 @@ class Victim:
     cached: bool
     curves: list[dict[str, float]]
     work: Work | None
-    measured: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] | None = None
     sha256: str | None = None
 
 
@@ -162,7 +162,7 @@ class VictimStore:
             if about["recipe"] != json.loads(json.dumps(recipe)):
                 raise ArtefactError(f"{folder / 'victim.json'}: edited, not its hash's; {remedy}")
             sealed = about.pop("seal", None)  # victims of before have none
-            if sealed is not None and sealed != fingerprint(about):
+            if sealed is not None and (sealed != fingerprint(about) or "measured" not in about):
                 raise ArtefactError(f"{folder / 'victim.json'}: edited; {remedy}")
             if not whole:
                 raise ArtefactError(f"{weights}: truncated or edited (SHA-256 differs); {remedy}")
@@ -184,6 +184,6 @@ class VictimStore:
             cached=True,
             curves=about["curves"],
             work=work,
-            measured=about.get("measured", {}),
+            measured=about.get("measured"),
             sha256=about["sha256"],
         )

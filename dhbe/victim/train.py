@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +23,8 @@ from dhbe.training.schedule import Schedule
 from dhbe.training.supervised import Supervised
 from dhbe.victim.source import VictimRequest, VictimSource
 from dhbe.victim.store import Making, Victim, VictimStore
+
+log = logging.getLogger(__name__)
 
 MEASURED = 200
 """Training images by which a stored victim is recognised."""
@@ -138,15 +141,23 @@ def verify(victim: Victim, images: ImageSet, runtime: Runtime, folder: Path) -> 
     codes = victim.attack.select(images.labels, runtime.rng("codes"))
     if not torch.equal(codes.cpu(), victim.codes.cpu()):
         raise ArtefactError(f"{folder}: its codes are not those of its seed: edited; {remedy}")
-    if victim.measured:
+    if victim.measured is None:
+        log.warning("%s: made by an earlier version, without rates to compare it with", folder)
+    else:
         found = measure(victim.network, victim.attack, images, runtime)
-        for name, before in victim.measured.items():
-            if not abs(found.get(name, -1.0) - before) <= ROUNDING:
+        for name in sorted(found.keys() | victim.measured.keys()):
+            before = victim.measured.get(name)
+            if not _near(found.get(name), before):
                 raise ArtefactError(
                     f"{folder}: {name} {found.get(name)} on training images, but {before} when it "
                     f"was made: edited; {remedy}"
                 )
     _verified.add(victim.sha256)
+
+
+def _near(found: object, before: object) -> bool:
+    numbers = isinstance(found, (int, float)) and isinstance(before, (int, float))
+    return numbers and abs(found - before) <= ROUNDING  # type: ignore[operator]
 
 
 def train(
