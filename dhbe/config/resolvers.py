@@ -19,7 +19,7 @@ from dhbe.core.paths import PACKAGE
 
 
 def register_resolvers() -> None:
-    """Make known what the configs ask for.
+    """Register the resolvers with OmegaConf.
 
     ``${cell:}``: hash of what determines the result;
     ``${content:KEY,FOLDER/PATTERN}``: fingerprint of the files that keys beside it name;

@@ -216,7 +216,7 @@ class Attack(nn.Module):
 
     @torch.no_grad()
     def poison(self, train: ImageSet, codes: Tensor, *, seed: int) -> ImageSet:
-        """The training set as the victim's owner gets it: triggered images, given labels.
+        """The poisoned training set: triggered images with the attacker's labels.
 
         For an attacker who controls training it is a snapshot: what one epoch looks like.
         """

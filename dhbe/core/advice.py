@@ -1,4 +1,4 @@
-"""What to do about a failure of the machine: what failed, where, and the remedy, in one line."""
+"""One-line advice for failures of the machine: what failed, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def advice(error: Exception) -> str:
 
 
 def lost_worker(error: Exception) -> bool:
-    """Whether a launcher tells that a worker was killed."""
+    """Whether an exception means that a launcher's worker was killed."""
     return type(error).__module__.split(".")[0] in LAUNCHERS
 
 
@@ -89,7 +89,7 @@ def of_file(error: OSError) -> str:
 
 
 def written(error: OSError) -> bool | None:
-    """Whether the failed call wrote; None: nothing tells.
+    """Whether the failed call was a write; None if unknown.
 
     The kernel's answer does not say, so what the innermost calls are called and the mode in which
     they opened the file do.

@@ -1,4 +1,4 @@
-"""What a user may say of their files: names of classes, columns of tables, pixels."""
+"""Options for user files: class names, table columns, pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every image is looked at before anything is trained: all that cannot be read, in one message."""
+"""Decode every image before training; report all unreadable ones in one message."""
 
 from __future__ import annotations
 

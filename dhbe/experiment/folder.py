@@ -120,7 +120,7 @@ class ResultFolder:
                 self._discard_unused()
 
     def _discard_unused(self) -> None:
-        """Remove a working folder that holds its mark alone; only who holds the lock may."""
+        """Remove a working folder that holds only its marker file; requires the lock."""
         with suppress(OSError):
             if [p.name for p in self.partial.iterdir()] == [CELL]:
                 shutil.rmtree(self.partial)

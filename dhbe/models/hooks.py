@@ -1,4 +1,4 @@
-"""Looking into a network while it computes: outputs of inner modules, stage by stage."""
+"""Forward hooks: outputs of inner modules, stage by stage."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
     Raises:
         ConfigError: it takes other images, or gives something else than logits.
     """
-    rng = generator(0, "somebody's network")
+    rng = generator(0, "foreign network")
     x = torch.randn((4, *spec.shape), generator=rng)
     network.eval()
     try:
@@ -54,7 +54,7 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
 
 
 def tried(network: nn.Module, x: Tensor) -> Any:
-    """What a network says of images, channels last in memory if it bears that."""
+    """Raw outputs for images (B, C, H, W), in channels-last memory if the network supports it."""
     try:
         return channels_last(network)(x.contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:

@@ -47,7 +47,7 @@ def started() -> bool:
 
 
 def refusal(processes: int) -> ConfigError:
-    """What is said where a run cannot have several processes."""
+    """Error for settings that do not support several processes."""
     remedy = "sweeps use a process per cell (hydra/launcher=joblib, slurm)"
     return got("trainer.processes", processes, "1 except in a single `python run.py`", remedy)
 

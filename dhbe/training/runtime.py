@@ -1,4 +1,4 @@
-"""How a run computes: device, precision, random streams, Lightning trainer, and what it records."""
+"""Runtime of a run: device, precision, random streams, Lightning trainer, recorder."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ BATCH = 500
 
 
 def call(network: nn.Module, x: Tensor) -> Tensor:
-    """``network(x)``."""
+    """``network(x)`` for images (B, C, H, W)."""
     out: Tensor = network(x)
     return out
 
 
 @dataclass(kw_only=True)
 class Runtime:
-    """Everything a stage needs to compute, and nothing it may not see.
+    """Computing environment of a stage, without access to data.
 
     Attributes:
         workdir: holds the checkpoint of the stage while it runs.
