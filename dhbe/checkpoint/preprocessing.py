@@ -234,7 +234,7 @@ def normalized(x: Tensor, kind: str | dict[str, Any]) -> Tensor:
 
 
 def first_norm(network: nn.Module, x: Tensor) -> BatchNorm | None:
-    """The BatchNorm that images reach first; None if they reach none."""
+    """The first BatchNorm that images ``x`` (N, C, H, W) reach; None if they reach none."""
     reached: list[BatchNorm] = []
 
     def stop(module: BatchNorm, args: tuple[Tensor, ...]) -> None:
@@ -280,7 +280,7 @@ def reaching(network: nn.Module, norm: BatchNorm, x: Tensor) -> Tensor:
 
 
 def divergence(inputs: Tensor, norm: BatchNorm) -> float:
-    """KL(inputs || running statistics) of normal distributions, mean over channels."""
+    """KL(inputs (N, C, H, W) || running statistics) of normal distributions, channel mean."""
     values = inputs.transpose(0, 1).flatten(1)  # (C, everything else): many times faster
     middle = values.mean(1, keepdim=True)
     mean, var = middle[:, 0].double(), (values - middle).square().mean(1).double() + norm.eps
@@ -299,7 +299,7 @@ def entropy(classes: Tensor) -> float:
 
 
 def random_crops(images: Tensor) -> Tensor:
-    """Each image shifted by up to ``PADDING`` of its side, black beyond its edges."""
+    """Images (N, C, H, H), each shifted by up to ``PADDING`` of its side, with black borders."""
     size = images.shape[-1]
     pad = max(1, round(size * PADDING))
     padded = F.pad(images, (pad,) * 4)

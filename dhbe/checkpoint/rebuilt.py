@@ -196,7 +196,7 @@ def suffix_of(name: str, safetensors: bool) -> tuple[str, str]:
 def write_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], target: Path
 ) -> None:
-    """Write tensors with the safetensors library; pads the header until the file is unambiguous.
+    """Write tensors of any shape as safetensors; the header is padded to be unambiguous.
 
     Its length comes first and can be the opcodes of a pickle that goes on in names and numbers;
     the names can be the header of a tar archive.

@@ -71,7 +71,7 @@ class Recorder(Checkpoint):
         self.notes.append(f"{how}: suspicious classes {self.suspected}")
 
     def isolate(self, positions: Tensor, how: str) -> None:
-        """Keep the positions in the poisoned set of what a defense takes for poison.
+        """Keep the positions (n,) in the poisoned set that a defense takes for poison.
 
         Args:
             how: method and details, for the note.

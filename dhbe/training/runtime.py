@@ -99,7 +99,7 @@ class Runtime:
         return self.pixels(images.resident().images)
 
     def pixels(self, raw: Tensor) -> Tensor:
-        """uint8 images as floats in [0, 1], likewise."""
+        """uint8 images (N, C, H, W) as floats in [0, 1], on the device, in the run's dtype."""
         return to_float(raw.to(self.device)).to(self.dtype)
 
     def labels(self, images: ImageSet) -> Tensor:
