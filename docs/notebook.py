@@ -1,7 +1,7 @@
 """Execute a notebook in place: ``python docs/notebook.py examples/compare_defenses.ipynb``.
 
-An error in a cell ends with its traceback and exit status 1. Kernel and times are left out of the
-file, so that it changes only where an output does.
+An error in a cell ends with its traceback and exit status 1. Versions and times are left out of
+the file, so that it changes only where an output does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+"""What is kept: nothing of the machine's own kernel."""
 LIMIT = 3600
 """Seconds per cell."""
 
@@ -27,8 +32,7 @@ def execute(file: Path) -> None:
         resources={"metadata": {"path": str(file.parent)}},
     )
     client.execute()
-    for key in ("kernelspec", "language_info"):
-        notebook.metadata.pop(key, None)
+    notebook.metadata = METADATA
     nbformat.write(notebook, file)
 
 

@@ -25,7 +25,7 @@ MACHINE = {
     errno.ENFILE: "this machine has too many open files; close other programs",
     errno.EIO: "the disk or the network share fails; check it, then call the same command again",
     errno.ESTALE: "the network share was lost; the same command continues once it is back",
-    errno.EPIPE: "who read the output has gone; write it into a file",
+    errno.EPIPE: "the reader of the output has ended; write it into a file",
 }
 THREADS = (
     "this machine or user may have no more threads or processes; lower trainer.threads, "
