@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -23,6 +23,7 @@ from dhbe.core.types import DataSpec
 from dhbe.data import ImageSet, TrainingBatches, to_float
 from dhbe.training.compile import compiled
 from dhbe.training.parallel import Processes
+from dhbe.training.progress import StageBar
 from dhbe.training.recorder import Recorder, Stopwatch
 from dhbe.training.resuming import LastEpoch, newest
 from dhbe.training.schedule import Schedule
@@ -222,7 +223,7 @@ class Runtime:
         counter = WorkCounter(self.processes.count) if config.count else None
         hooks: list[Callback] = [*([counter] if counter else []), *callbacks, self.recorder, saver]
         if config.progress and self.processes.first:
-            hooks.append(RichProgressBar(leave=True))
+            hooks.append(StageBar(self.recorder))
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning")
