@@ -30,14 +30,15 @@ REFERENCE_SIZE = 32
 class Poisoning(TypedDict):
     """Options that all attacks have, under ``attack.``.
 
-    poison_rate: poisoned images as a fraction of the victim's training images.
-    poison_count: so many poisoned images instead, for protocols that name a number; 0: the rate.
-    cover_rate: images with a trigger-like change and their true label, as a fraction likewise.
-    target_class: the label the attacker wants.
-    target_rule: who is attacked: everyone, everyone with the next label, or some classes.
-    source_classes: the classes attacked by ``source_specific``; else empty.
-    pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
-    augmentation: of the victim's training; it is part of an attack's recipe.
+    Attributes:
+        poison_rate: poisoned images as a fraction of the victim's training images.
+        poison_count: so many poisoned images instead, for protocols that name a number; 0: the rate.
+        cover_rate: images with a trigger-like change and their true label, as a fraction likewise.
+        target_class: the label the attacker wants.
+        target_rule: who is attacked: everyone, everyone with the next label, or some classes.
+        source_classes: the classes attacked by ``source_specific``; else empty.
+        pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
+        augmentation: of the victim's training; it is part of an attack's recipe.
     """
 
     spec: DataSpec
