@@ -32,8 +32,8 @@ class Poisoning(TypedDict):
 
     Attributes:
         poison_rate: poisoned images as a fraction of the victim's training images.
-        poison_count: so many poisoned images instead, for protocols that name a number; 0: the rate.
-        cover_rate: images with a trigger-like change and their true label, as a fraction likewise.
+        poison_count: number of poisoned images, for protocols that give one; 0: use the rate.
+        cover_rate: fraction of images with a trigger-like change and their true label.
         target_class: the label the attacker wants.
         target_rule: who is attacked: everyone, everyone with the next label, or some classes.
         source_classes: the classes attacked by ``source_specific``; else empty.

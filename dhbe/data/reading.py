@@ -17,8 +17,8 @@ class ReadingOptions(TypedDict, total=False):
     """Options under ``data.`` of the sets that a user brings.
 
     Attributes:
-        class_names: of all classes in order, or a text file with one name a line; None: ``classes.txt``
-            beside the folders, else the folders themselves tell.
+        class_names: of all classes in order, or a text file with one name a line; None:
+            ``classes.txt`` beside the folders, else the names of the folders.
         exif_orientation: turn images upright as their EXIF data says.
         background: RGB colour, 0 to 255, that shows through transparent parts.
     """
