@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs notebook clean
+
+define install
+	if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python -e ".[$(1)]"; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(1)]"; fi
+endef
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
 
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python -e ".[dev]"; \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"; fi
+	$(call install,dev)
 	touch $@
 
 demo: $(BIN)/.installed  ## plant a backdoor in a real network and erase it without data (4 minutes)
@@ -24,6 +28,14 @@ check: $(BIN)/.installed  ## format, lint, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+docs: $(BIN)/.installed  ## the site, into outputs/site; a warning is an error
+	$(call install,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebook: $(BIN)/.installed  ## execute examples/compare_defenses.ipynb (5 minutes)
+	$(call install,notebook)
+	$(BIN)/python docs/notebook.py examples/compare_defenses.ipynb
 
 clean:  ## delete environment and outputs
 	rm -rf .venv outputs

@@ -90,7 +90,7 @@ class DFST(Attack):
             self.injector.load_state_dict(self.fresh)
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        """Victim: CE on the batch, injected images in it; injector: reach the goal unnoticed."""
+        """Loss (): victim on the batch with injected images; injector reaches the goal."""
         count = max(1, round(self.detox_share * len(x)))
         part = code.argsort(stable=True)[:count]  # clean images come first
         clean, labels = x[part], y[part]

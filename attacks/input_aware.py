@@ -77,7 +77,7 @@ class InputAware(Attack):
         return masks
 
     def inject(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``x`` with the triggers of ``source``, and those triggers' patterns."""
+        """Images (B, C, H, W) with the triggers of ``source`` (same shape), and their patterns."""
         patterns = self.patterns(source)
         with torch.no_grad():  # fixed since stage 1
             masks = self.masks(source)
@@ -89,7 +89,7 @@ class InputAware(Attack):
     def prepare(
         self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        """Stage 1: the mask network alone."""
+        """Stage 1: the mask network alone; codes (N,) are not used."""
         del codes, surrogate
 
         def loss(network: nn.Module, batch: Batch) -> Tensor:
@@ -122,7 +122,7 @@ class InputAware(Attack):
     def compose(
         self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Only the codes: images are augmented before they get their trigger, in ``loss``."""
+        """Images, labels and codes (B,): the trigger is put on in ``loss``, after augmentation."""
         return x, y, self.select(y, rng, part=True)
 
     def training_images(
@@ -134,7 +134,7 @@ class InputAware(Attack):
         return torch.where(code == COVER, crossed, torch.where(code == POISON, triggered, x))
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        """Stage 2: CE on triggered, crossed and clean images + weight x diversity of patterns."""
+        """Stage 2, loss (): CE on triggered, crossed, clean images + weight x pattern diversity."""
         poison, cover = ((code == c).nonzero().flatten() for c in (POISON, COVER))
         base = torch.cat([x[poison], x[cover]])
         source = torch.cat([x[poison], x.roll(1, 0)[cover]])

@@ -76,7 +76,7 @@ class LIRA(Attack):
         self.frozen = self.frozen | (progress >= self.generator_share)
 
     def shifted(self, generator: nn.Module, x: Tensor) -> Tensor:
-        """Images moved by the stage's epsilon times tanh(generator(x)), clipped."""
+        """Images (B, C, H, W) moved by the stage's epsilon times tanh(generator(x)), clipped."""
         reach = self.final_epsilon if self.frozen or not self.training else self.epsilon
         moved: Tensor = x + reach * generator(2 * x - 1).tanh()
         return moved.clamp(0, 1)
@@ -88,7 +88,7 @@ class LIRA(Attack):
     def compose(
         self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Only the codes: every image is used clean and triggered, in ``loss``."""
+        """Images, labels and codes (B,): each image is used clean and triggered, in ``loss``."""
         return x, y, self.select(y, rng, part=True)
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class ABL(Defense):
 
 
 def isolated(easy: Tensor, rest: Tensor, labels: Tensor, classes: int) -> str:
-    """What step 2 isolated: labels, and losses (of ``easy`` and of the ``rest``) to judge it by.
+    """Note on the isolated images: labels (n,), losses of ``easy`` (n,) and of the ``rest``.
 
     Poison has one label and sinks below gamma; images of all labels at gamma are clean.
     """

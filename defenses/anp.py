@@ -110,7 +110,7 @@ class ANP(Defense):
     def disturb(
         self, net: nn.Module, scales: list[Scale], x: Tensor, y: Tensor, rng: torch.Generator
     ) -> None:
-        """Set all noises: uniform in [-eps, eps], then sign ascent on the cross-entropy."""
+        """Set all noises: uniform in [-eps, eps], then sign ascent on CE of x (B, C, H, W)."""
         for scale in scales:
             drawn = torch.rand(scale.noise.shape, generator=rng, device=rng.device)
             scale.noise = self.epsilon * (2 * drawn.to(scale.noise.dtype) - 1)

@@ -1,4 +1,4 @@
-"""CETF: class-activation-focused evolutionary trigger filter (Luo et al. 2024, 2407.05396)."""
+"""CETF: class-activation-focused evolutionary trigger filter (Zhou et al. 2024, 2407.05396)."""
 
 from __future__ import annotations
 

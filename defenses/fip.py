@@ -89,7 +89,7 @@ class FIP(Defense):
         images: ImageSet,
         runtime: Runtime,
     ) -> list[Tensor]:
-        """Diagonal of F at the suspect, by random signs: one backward pass per batch."""
+        """Diagonal of F at the suspect, in the weights' shapes: one backward pass per batch."""
         rng = runtime.rng("fip diagonal", device=runtime.device)
         total = [torch.zeros_like(w) for w in weights]
         seen = 0
@@ -111,7 +111,7 @@ class FIP(Defense):
 
 
 def signs(each: Tensor, rng: torch.Generator) -> Tensor:
-    """Random +1 and -1, one for each loss."""
+    """Random +1 and -1 (B,), one for each loss."""
     return 2 * torch.randint(2, each.shape, generator=rng, device=each.device).to(each.dtype) - 1
 
 

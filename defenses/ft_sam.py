@@ -75,7 +75,7 @@ class FTSAM(Defense):
 
 
 def ascent(weights: list[Tensor], gradients: tuple[Tensor, ...], rho: float) -> list[Tensor]:
-    """Adaptive SAM's steps e(w), detached; the norm is over all weights together."""
+    """Adaptive SAM's steps e(w), in the weights' shapes, detached; one norm over all weights."""
     pairs = [(w.detach(), g) for w, g in zip(weights, gradients, strict=True)]
     norm = torch.stack([(w.abs() * g).norm() for w, g in pairs]).norm()
     return [rho * w.square() * g / (norm + 1e-12) for w, g in pairs]

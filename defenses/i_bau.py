@@ -87,7 +87,7 @@ class IBAU(Defense):
 
 
 def implicit(outer: Tensor, mapped: Tensor, delta: Tensor, steps: int) -> Tensor:
-    """A loss whose gradient is that of ``outer`` with delta at the fixed point of ``mapped``.
+    """Loss () with the gradient of ``outer`` (), delta being the fixed point of ``mapped``.
 
     With v = sum_{k < steps} (d mapped / d delta)^(T k) d outer / d delta, the gradient is
     d outer / d theta + (d mapped / d theta)^T v (Grazzi et al. 2020). The value means nothing.

@@ -83,7 +83,11 @@ class NeuralCleanse(Defense):
     def stamped(
         self, clean: Resident, triggers: Sequence[tuple[Tensor, Tensor]], runtime: Runtime
     ) -> Resident:
-        """The images but a ``share``, then that share under each trigger, rounded down to uint8."""
+        """All images but a ``share``, then that share under each trigger, rounded down to uint8.
+
+        Args:
+            triggers: masks (1, 1, H, W) and patterns (1, C, H, W) in [0, 1].
+        """
         order = torch.randperm(len(clean), generator=runtime.rng("neural_cleanse share"))
         plain, chosen = order.tensor_split([int(len(clean) * (1 - self.share))])
         x, part = runtime.tensor(clean.subset(chosen)), clean.subset(plain)
@@ -140,5 +144,5 @@ class Trigger(nn.Module):
 
 
 def worn(x: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """Images under a trigger."""
+    """Images (B, C, H, W) under a trigger."""
     return (1 - mask) * x + mask * pattern

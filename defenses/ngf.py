@@ -86,7 +86,7 @@ def fisher_diagonal(p: Tensor, h: Tensor, y: Tensor) -> Tensor:
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
-    """Solve product(x) = b for a symmetric positive definite product, from zero."""
+    """Solve product(x) = b (any shape) for a symmetric positive definite product, from zero."""
     x = torch.zeros_like(b)
     residual = direction = b
     size = residual.square().sum()

@@ -1,4 +1,4 @@
-"""Trap and Replace: a head that traps the backdoor is thrown away (Wang et al., NeurIPS 2022)."""
+"""Trap and Replace: a head that traps the backdoor is replaced (Wang et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DHBE: plant backdoors in image classifiers, erase them, and tell honestly which erasure works."""
+"""DHBE: backdoor attacks on image classifiers, defenses, and a fair comparison of both."""
 
 __version__ = "0.1.0"
 

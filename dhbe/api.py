@@ -55,8 +55,8 @@ def purify(
     Args:
         model: any module from normalised images (B, channels, image_size, image_size) to logits
             (B, classes), or to their softmax.
-        image_size, classes, channels: found by trying, where None; a network that takes images of
-            any size does not tell theirs.
+        image_size, classes, channels: inferred by trial passes where None; a network that accepts
+            images of any size needs ``image_size``.
         normalization: what stands before the model: ``none`` for pixels in [0, 1], a preset such
             as ``cifar10`` or ``imagenet``, or ``{"mean": [...], "std": [...]}`` per channel. None
             asks the model, and is ``none``, with a warning, where it does not tell.
@@ -104,7 +104,7 @@ def purify(
 def _purified(
     tree: dict[str, Any], choices: dict[str, str], source: InMemoryVictim, report: str | Path | None
 ) -> nn.Module:
-    """The run itself, in a folder that stays only as a ``report``; see ``purify``."""
+    """Run in a temporary folder, or in ``report``, which is kept; see ``purify``."""
     parts = assemble(tree, source)
     with TemporaryDirectory() as scratch:
         folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
@@ -119,7 +119,7 @@ def _purified(
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of its own.
+    """Deep copy of the model.
 
     Raises:
         ConfigError: the model holds what cannot be copied.
@@ -134,7 +134,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def fitted(network: nn.Module, data: dict[str, Any]) -> list[str]:
-    """Complete ``data`` by what the network tells and make it fit; notes on how.
+    """Fill in ``data`` from the network and adapt the network to it; returns notes.
 
     Raises:
         ConfigError: its images' size or its classes are not known, or it gives no logits.
@@ -161,7 +161,7 @@ def fitted(network: nn.Module, data: dict[str, Any]) -> list[str]:
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
-    """The config with these choices; a Hydra program that calls this keeps its own state."""
+    """Compose the config with these overrides; the Hydra state of the caller is restored."""
     register_resolvers()
     outer = get_gh_backup()
     GlobalHydra.instance().clear()

@@ -1,4 +1,4 @@
-"""Purifying somebody's checkpoint from end to end: command, console script, Python call."""
+"""Purifying a foreign checkpoint from end to end: command, console script, Python call."""
 
 from __future__ import annotations
 

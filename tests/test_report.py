@@ -20,6 +20,7 @@ from dhbe.report.collect import collect, merge, relabel, select
 from dhbe.report.failed import failures
 from dhbe.report.figures import curves, figures, over
 from dhbe.report.folder import detail, percent
+from dhbe.report.legend import class_names, explained
 from dhbe.report.page import COLOURS, _curves, style
 from dhbe.report.picture import gallery
 from dhbe.report.tables import (
@@ -489,6 +490,48 @@ PROBE = """<script>
 PHONE = """<body><iframe src="index.html" style="width: 390px; height: 800px; border: 0"></iframe>
 <script>onmessage = event => { document.body.dataset.probe = event.data; };</script></body>"""
 """A window is 500 pixels wide at least; a frame may be as narrow as a phone."""
+
+
+def test_columns_and_metrics_are_explained(cells: Path, tmp_path: Path) -> None:
+    assert explained("purified ASR").startswith("Attack success rate")
+    assert explained("victim_acc").startswith("Clean accuracy")
+    assert explained("ACC").startswith("Clean accuracy")
+    assert explained("folder") == ""
+    assert class_names("cifar10_mini", "data: {}")[3] == "cat"
+    assert class_names("own", "data: {class_names: [yes it, 2]}") == ["yes it", "2"]
+    assert class_names("gtsrb", "data: {class_names: names.txt}") == []
+    assert report(cells, tmp_path / "out").returncode == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert 'title="Attack success rate' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+
+
+def test_figures_for_papers(cells: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert report(cells, out, "--format", "svg", "pdf").returncode == 0
+    assert (out / "pareto.pdf").read_bytes().startswith(b"%PDF")
+    assert "<text" in (out / "pareto.svg").read_text(), "text stays text"
+    assert not list(out.glob("*.png"))
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
+def test_tables_compile(cells: Path, tmp_path: Path) -> None:
+    odd = {"attack_variant": "a_b=5% & $x$ {#}~^", "defense": "dhbe"}
+    write_cell(cells / "odd", seed=0, asr=0.4, attack="my_attack")
+    assert report(cells, tmp_path / "out").returncode == 0
+    tables = (tmp_path / "out" / "tables.tex").read_text() + latex(pd.DataFrame([odd]))
+    head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\tiny\n"
+    (tmp_path / "paper.tex").write_text(f"{head}{tables}\n\\end{{document}}\n")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "paper.pdf").exists()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")

@@ -64,7 +64,7 @@ class Archive(WeightFile):
         return f"{self.root}/{record}" in self.infos
 
     def _checked(self, infos: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
-        """Refuse whatever could unpack to more, elsewhere, or twice."""
+        """Refuse archives that could unpack to more data, to other places, or twice."""
         names = {i.filename for i in infos}
         if not 0 < len(infos) <= MAX_TENSORS or len(names) != len(infos):
             raise Refused(
@@ -152,7 +152,7 @@ class Archive(WeightFile):
 
 
 def flattened(content: Any) -> dict[str, Place]:
-    """State dict of nested modules: paths joined by dots.
+    """Flatten nested modules to a state dict with dotted keys.
 
     Raises:
         Refused: there are too many paths; modules that are shared can have any number.

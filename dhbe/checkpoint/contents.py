@@ -1,4 +1,4 @@
-"""What a pickle held, made fit for use: tensors and arrays with their places, the rest plain."""
+"""Convert a decoded pickle: tensors and arrays become places in the file, the rest plain values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARRAY_TYPES = {
 
 
 class Converter:
-    """Replaces what a pickle says of tensors, once for each object: it may occur many times.
+    """Convert tensor descriptions to places, once per object, however often it is referenced.
 
     Args:
         place: of a tensor that a pickle describes.

@@ -13,7 +13,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Copy(NamedTuple):
-    """Where it lies, and its tensors by the network's own keys."""
+    """Path of the copy, and its tensors by the network's own keys."""
 
     path: str
     places: dict[str, Place]

@@ -1,4 +1,4 @@
-"""Networks that names and shapes may belong to: ours, torchvision's, timm's."""
+"""Candidate architectures for given names and shapes: ours, torchvision's, timm's."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ FAMILIES = {
 def proposals(
     shapes: Mapping[str, Shape], hint: str | None, native: bool
 ) -> Iterator[tuple[str, Node]]:
-    """Networks worth comparing with these (renamed) shapes: the file's own word first.
+    """Candidates for these (renamed) shapes; the architecture that the file names comes first.
 
     Args:
         native: the keys were not renamed, so they are those of this project.

@@ -33,7 +33,7 @@ ROUNDED = 0.02
 def completed(
     tree: dict[str, Any], choices: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The config with everything filled in that the checkpoint answers.
+    """Fill in all settings that the checkpoint determines.
 
     Other configs come back as they are. What neither config nor file says is told by the network's
     own statistics or assumed, and listed in ``victim.assumed``.
@@ -89,7 +89,7 @@ def described(data: Mapping[str, Any]) -> DataSpec:
 
 
 def seen(checkpoint: Checkpoint, network: nn.Module, data: dict[str, Any]) -> list[str]:
-    """Fill in what stands before the network, and say how that is known.
+    """Fill in the normalisation, and note where it was found.
 
     Raises:
         ConfigError: the config contradicts the file.
@@ -110,7 +110,7 @@ def seen(checkpoint: Checkpoint, network: nn.Module, data: dict[str, Any]) -> li
 
 
 def replaced(network: nn.Module, verdict: Verdict, data: dict[str, Any]) -> list[str]:
-    """A data set tells what images look like, not what networks take: the network's word counts.
+    """Replace the data set's normalisation by the one the network was trained with.
 
     Between normalisations that are nearly alike it counts only if it rules the data set's out.
     """
@@ -125,7 +125,7 @@ def replaced(network: nn.Module, verdict: Verdict, data: dict[str, Any]) -> list
 
 
 def doubted(verdict: Verdict, data: Mapping[str, Any]) -> str:
-    """The warning that a network seems to know another normalisation than the config's, if so."""
+    """Warning if the network was trained with a normalisation other than the config's, or empty."""
     given = data["normalization"]
     if verdict.preset is None or apart(given, verdict.preset, data["channels"]) < MATERIAL:
         return ""
@@ -136,7 +136,7 @@ def doubted(verdict: Verdict, data: Mapping[str, Any]) -> str:
 
 
 def chosen(verdict: Verdict, data: dict[str, Any], otherwise: str | None = None) -> str:
-    """Fill in the normalisation that the network tells, or an assumption; the note on it."""
+    """Fill in the inferred normalisation, or an assumption; returns a note."""
     data["order"] = data["order"] or verdict.order
     if verdict.preset is not None:
         data["normalization"] = verdict.preset
@@ -186,10 +186,10 @@ def said(checkpoint: Checkpoint) -> str | dict[str, Any] | None:
 
 
 def inferred(*, classes: int, channels: int, image_size: int) -> nn.Module:
-    """Stands in the config until ``completed`` has put the network found in its place.
+    """Placeholder in the config, replaced by ``completed`` with the inferred network.
 
     Raises:
-        ConfigError: always; nobody replaced it.
+        ConfigError: always: it was not replaced.
     """
     raise ConfigError(
         "model=inferred: only a file tells its network; set victim=checkpoint or victim=finetune, "

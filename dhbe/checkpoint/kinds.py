@@ -1,4 +1,4 @@
-"""Files that hold no weights, or not as torch and safetensors do: what they are, what helps."""
+"""Identify files that are neither torch nor safetensors, and suggest a remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MEMBERS = {
 
 
 def named(head: bytes) -> str:
-    """What a file of neither format is, with the remedy; empty if unknown.
+    """Description of a file of neither format, with the remedy; empty if unknown.
 
     Args:
         head: its first 512 bytes.
@@ -75,7 +75,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def named_archive(names: Iterable[str]) -> str:
-    """What a zip is that torch did not write; empty if unknown."""
+    """Description of a zip that torch did not write; empty if unknown."""
     names = list(names)
     for pattern, kind in MEMBERS.items():
         if any(re.fullmatch(pattern, n) for n in names):

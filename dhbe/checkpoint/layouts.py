@@ -1,4 +1,4 @@
-"""Which network a set of names and shapes belongs to: other people's layouts, and ours.
+"""Match names and shapes to a network: key layouts of other projects, and ours.
 
 A layout renames the file's keys to those of one of our networks; a network fits when all its names
 and shapes are there and nothing is left over. Positions never count.
@@ -32,7 +32,7 @@ COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A network that may be meant, and how the file's keys are called in it."""
+    """A candidate network, and the file's keys renamed to its own."""
 
     label: str
     node: Node
@@ -76,7 +76,7 @@ def numbered(pattern: str, *rules: tuple[str, str]) -> Renaming:
 
 
 def after(first: Renaming, second: Renaming) -> Renaming:
-    """Both, one after the other."""
+    """Compose two renamings."""
 
     def apply(keys: Iterable[str]) -> dict[str, str]:
         found = first(keys)
@@ -141,7 +141,7 @@ def channels_in(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def image_size_in(shapes: Mapping[str, Shape]) -> int | None:
-    """Side of the images, where a transformer's position table tells it."""
+    """Image size from a transformer's position embedding; None if there is none."""
     for table, patch in (
         ("pos_embed", "patch_embed.proj.weight"),
         ("encoder.pos_embedding", "conv_proj.weight"),
@@ -152,14 +152,14 @@ def image_size_in(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def built(node: Node, *, classes: int, channels: int, image_size: int) -> dict[str, Shape]:
-    """Names and shapes of a network, without its memory."""
+    """Names and shapes of a network, built on the meta device."""
     with torch.device("meta"):
         network = build(node, classes=classes, channels=channels, image_size=image_size)
     return {k: tuple(v.shape) for k, v in network.state_dict().items()}
 
 
 def differences(own: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
-    """What keeps weights from fitting a network, in words; empty if they fit."""
+    """Differences between weights and a network, as text; empty if they fit."""
     found = [f"missing {shown(k)}" for k in own.keys() - given.keys() if not k.endswith(COUNTER)]
     found += [f"unknown {shown(k)}" for k in given.keys() - own.keys()]
     found += [
@@ -181,7 +181,7 @@ def renamed(shapes: Mapping[str, Shape]) -> Iterator[tuple[dict[str, str], dict[
 
 
 class Nearest(NamedTuple):
-    """The network that fits least badly, and what differs."""
+    """The closest network, and its differences."""
 
     label: str
     wrong: list[str]

@@ -1,4 +1,4 @@
-"""The state dict inside a file, and the ``victim=checkpoint`` that comes from it."""
+"""The state dict inside a file, as used by ``victim=checkpoint``."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Checkpoint:
 
     @contextmanager
     def refused(self) -> Iterator[None]:
-        """Whatever a file that is not what it seems leads to, as an ``ArtefactError``."""
+        """Turn every exception that a malformed file can cause into an ``ArtefactError``."""
         try:
             yield
         except Refused as error:
@@ -103,12 +103,12 @@ class Checkpoint:
 
     @property
     def notes(self) -> list[str]:
-        """What becomes of the rest of the file, in words."""
+        """Notes on how the rest of the file is treated."""
         names = ", ".join(c.path or "(top)" for c in self.copies[:MAX_LISTED])
         return [f"copies of the network are replaced alike: {names}"] if self.copies else []
 
     def refusal(self, error: Refused) -> ArtefactError:
-        """The error with the file's name and what it means for the reader."""
+        """Error message with the file name, the cause and the consequence."""
         return ArtefactError(
             f"victim.path={self.path}: not a safetensors file or a plain state dict ({error}); "
             "nothing in it was executed"
@@ -173,7 +173,7 @@ class Checkpoint:
 
 
 class CheckpointFile:
-    """A file of weights that takes the place of a trained victim.
+    """A checkpoint file in place of a trained victim.
 
     Args:
         key: of the weights inside the file, where there are several.

@@ -1,4 +1,4 @@
-"""Where the weights lie inside a file's content, and what else it says in plain words."""
+"""Locate the weights in a nested checkpoint, and read the plain values beside them."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class Found(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Smaller is likelier to be the network that is used."""
+        """Sort key: smaller is more likely to be the network in use."""
         words = [w for w in self.path.split(".") if w]
         return max((rank(w) for w in words), default=-1)
 
 
 def rank(word: str) -> int:
-    """How little a key sounds like that of a network in use."""
+    """Penalty of a key: averaged and teacher copies rank behind the plain network."""
     if word in NESTS:
         return NESTS.index(word)
     return len(NESTS) + (2 if COPIES.search(word) else 1)
 
 
 def weights_in(file: WeightFile, key: str | None) -> Found:
-    """The weights that are meant: those under ``key``, or the likeliest.
+    """The weights under ``key``, or the most likely ones.
 
     Args:
         key: as in ``Found.path``.
@@ -141,7 +141,7 @@ def state_dict(value: dict[Any, Any]) -> dict[str, Place]:
 
 
 def branches(path: str, tensors: dict[str, Place]) -> Iterator[Found]:
-    """A state dict, or each of the networks that lie beside each other in it."""
+    """A state dict, split into the networks that it holds side by side."""
     if not tensors:
         return
     heads = dict.fromkeys(k.split(".")[0] for k, p in tensors.items() if len(p.shape) == 4)
@@ -153,7 +153,7 @@ def branches(path: str, tensors: dict[str, Place]) -> Iterator[Found]:
 
 
 def is_wrapper(word: str) -> bool:
-    """Whether a key's first word may stand for a whole network."""
+    """Whether the first part of a key may be the prefix of a whole network."""
     return (word in PREFIXES and word not in VAGUE) or COPIES.search(word) is not None
 
 

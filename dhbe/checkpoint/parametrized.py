@@ -1,4 +1,4 @@
-"""Weights that files hold in parts: weight normalisation and pruning, folded and taken apart again.
+"""Parametrised weights (weight normalisation, pruning): folded, and split again for writing.
 
 The file of a weight-normalised convolution has ``weight_g`` and ``weight_v`` instead of ``weight``
 (``parametrizations.weight.original0`` and ``original1`` since torch 2), that of a pruned one
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 class Parts(NamedTuple):
-    """How a kind of parametrisation calls its two parts, and what it is."""
+    """Names of the two parts of a parametrisation, and its kind."""
 
     first: str
     second: str
@@ -60,7 +60,7 @@ def folded_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights themselves."""
+    """Fold all parametrised weights of a state dict; shapes are those of ``folded_shapes``."""
     found = dict(weights)
     for plain, first, second, kind in parts_in(weights):
         a, b = found.pop(first), found.pop(second)

@@ -1,4 +1,4 @@
-"""What a pickle describes, read as data: nothing in it is imported, called or built.
+"""Decode a pickle as data: nothing in it is imported, called or instantiated.
 
 ``pickletools`` splits the opcodes; the machine below replays them on plain values. Every global
 stays a name, every call a record. Names are free, because a purified file is made anew from the
@@ -62,7 +62,7 @@ class Global(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Opaque:
-    """What a call would have made: who was named, with which arguments, state and items."""
+    """Inert record of a call: callable's name, arguments, state and items."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -94,7 +94,7 @@ class TensorRef(NamedTuple):
 
 
 class Refused(ArtefactError):
-    """The content asks for more than holding data."""
+    """The pickle contains something other than data."""
 
 
 def read_pickle(stream: io.BytesIO) -> Any:
@@ -117,7 +117,7 @@ def read_pickle(stream: io.BytesIO) -> Any:
 
 
 def shown(text: object, most: int = 60) -> str:
-    """What a file calls something, fit for a terminal: short, control characters escaped.
+    """Text from a file, shortened and with control characters escaped for terminals.
 
     Args:
         text: a string or an exception; of anything else only the type is told.
@@ -150,7 +150,7 @@ class _Machine:
             raise Refused(f"a pickle that takes more than {MAX_WORK:,} steps")
 
     def _action(self, name: str) -> Callable[[Any], None] | None:
-        """What an opcode does; None for those that are refused."""
+        """Handler of an opcode; None for refused ones."""
         stack = self.stack
         if name in CONSTANTS:
             return lambda _: stack.append(CONSTANTS[name]())

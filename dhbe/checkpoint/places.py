@@ -1,4 +1,4 @@
-"""Where a tensor lies in a file: a record, a number type, and a view of the record."""
+"""Location of a tensor in a file: record, dtype, and strided view of the record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STORAGES = {
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: record of the file, type, and view of the record in elements."""
+    """Location of a tensor: record, dtype, and strided view of the record in elements."""
 
     record: str
     dtype: torch.dtype

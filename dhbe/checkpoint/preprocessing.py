@@ -1,4 +1,4 @@
-"""What a network was trained to see, told by the network: normalisation and order of channels.
+"""Infer normalisation and channel order from the network itself.
 
 The first BatchNorm remembers the statistics of its inputs. Natural images, normalised as in
 training, give the same statistics; otherwise they do not (Kullback-Leibler divergence of two
@@ -50,7 +50,7 @@ PADDING = 1 / 8
 
 
 class View(NamedTuple):
-    """A way of preparing images, and how badly it fits (divergence; or minus entropy)."""
+    """A preprocessing candidate and its misfit (divergence, or negative entropy in nats)."""
 
     badness: float
     preset: str
@@ -59,7 +59,7 @@ class View(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the network tells.
+    """The inferred preprocessing, with its evidence.
 
     Attributes:
         preset: of ``NORMALIZATIONS``; None if it cannot be told.
@@ -73,12 +73,12 @@ class Verdict(NamedTuple):
 
 
 class _Reached(Exception):
-    """The first BatchNorm has its input."""
+    """Raised to stop a forward pass once the first BatchNorm has its input."""
 
 
 @torch.no_grad()
 def told(network: nn.Module, *, channels: int, image_size: int, classes: int) -> Verdict:
-    """Normalisation and channel order that the network knows.
+    """Normalisation and channel order that the network was trained with.
 
     Args:
         network: over normalised images, with its weights; put into eval mode.
@@ -98,7 +98,7 @@ def told(network: nn.Module, *, channels: int, image_size: int, classes: int) ->
 
 
 def by_statistics(network: nn.Module, norm: BatchNorm, images: Tensor) -> Verdict:
-    """The verdict of the first BatchNorm."""
+    """Verdict from the first BatchNorm's running statistics, on images (N, C, H, W) in [0, 1]."""
     crops = random_crops(images)
 
     def measured(preset: str, order: str, cropped: bool, every: int) -> View:
@@ -128,7 +128,7 @@ def by_statistics(network: nn.Module, norm: BatchNorm, images: Tensor) -> Verdic
 
 
 def by_predictions(network: nn.Module, images: Tensor, classes: int) -> Verdict:
-    """The verdict of the predicted classes."""
+    """Verdict from the classes predicted for images (N, C, H, W) in [0, 1]."""
     images = images[:: math.ceil(len(images) / FEW)]
     views = sorted(
         View(-entropy(network(normalized(images, preset)).argmax(1)), preset, "rgb", False)
@@ -152,7 +152,7 @@ def by_predictions(network: nn.Module, images: Tensor, classes: int) -> Verdict:
 def ruled_out(
     network: nn.Module, given: dict[str, Any], preset: str, *, channels: int, image_size: int
 ) -> bool:
-    """Whether the network's first BatchNorm knows ``preset`` and not ``given`` statistics.
+    """Whether the first BatchNorm matches ``preset`` and excludes the ``given`` statistics.
 
     False where nothing can be measured.
     """
@@ -170,7 +170,7 @@ def ruled_out(
 
 @torch.no_grad()
 def strangeness(network: nn.Module, verdict: Verdict, *, channels: int, image_size: int) -> float:
-    """Mean divergence of all BatchNorms under the normalisation that was told; inf if unknown.
+    """Mean divergence over all BatchNorms under the inferred normalisation; inf if unknown.
 
     Tells networks apart that have the same weights but other strides or paddings.
     """
@@ -234,7 +234,7 @@ def normalized(x: Tensor, kind: str | dict[str, Any]) -> Tensor:
 
 
 def first_norm(network: nn.Module, x: Tensor) -> BatchNorm | None:
-    """The BatchNorm that images reach first; None if they reach none."""
+    """The first BatchNorm that images ``x`` (N, C, H, W) reach; None if they reach none."""
     reached: list[BatchNorm] = []
 
     def stop(module: BatchNorm, args: tuple[Tensor, ...]) -> None:
@@ -262,7 +262,7 @@ def trained(norm: BatchNorm) -> bool:
 
 
 def reaching(network: nn.Module, norm: BatchNorm, x: Tensor) -> Tensor:
-    """What reaches ``norm`` when ``x`` passes."""
+    """Inputs (N, C', h, w) of ``norm`` for normalised images ``x`` (N, C, H, W)."""
     inputs: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -280,7 +280,7 @@ def reaching(network: nn.Module, norm: BatchNorm, x: Tensor) -> Tensor:
 
 
 def divergence(inputs: Tensor, norm: BatchNorm) -> float:
-    """KL(inputs || running statistics) of normal distributions, mean over channels."""
+    """KL(inputs (N, C, H, W) || running statistics) of normal distributions, channel mean."""
     values = inputs.transpose(0, 1).flatten(1)  # (C, everything else): many times faster
     middle = values.mean(1, keepdim=True)
     mean, var = middle[:, 0].double(), (values - middle).square().mean(1).double() + norm.eps
@@ -299,7 +299,7 @@ def entropy(classes: Tensor) -> float:
 
 
 def random_crops(images: Tensor) -> Tensor:
-    """Each image shifted by up to ``PADDING`` of its side, black beyond its edges."""
+    """Images (N, C, H, H), each shifted by up to ``PADDING`` of its side, with black borders."""
     size = images.shape[-1]
     pad = max(1, round(size * PADDING))
     padded = F.pad(images, (pad,) * 4)

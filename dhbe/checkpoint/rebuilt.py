@@ -1,4 +1,4 @@
-"""Writing back: a new file, made from what was understood of the old one and nothing else.
+"""Write back: a new file built only from the decoded content of the old one.
 
 No byte of the input's pickle, header or directory is copied. Containers, numbers, texts, tensors
 and a few harmless objects are made again and written by torch's or safetensors' own writers; the
@@ -64,7 +64,7 @@ class Rebuilder:
         self._path: list[str] = []
 
     def value(self, value: Any) -> Any:
-        """The value made again, once per object; ``DROPPED`` if it is none of the harmless."""
+        """Rebuild a value, once per object; ``DROPPED`` if its type is not on the list."""
         if isinstance(value, Place):
             return self.tensor(value)
         if value is None or type(value) in (bool, int, float, str, bytes):
@@ -196,7 +196,7 @@ def suffix_of(name: str, safetensors: bool) -> tuple[str, str]:
 def write_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], target: Path
 ) -> None:
-    """By the library; the header is padded until no other reader takes the file for its own.
+    """Write tensors of any shape as safetensors; the header is padded to be unambiguous.
 
     Its length comes first and can be the opcodes of a pickle that goes on in names and numbers;
     the names can be the header of a tar archive.

@@ -110,7 +110,7 @@ def infer(checkpoint: Checkpoint, data: Mapping[str, Any]) -> tuple[dict[str, An
 
 
 def likeliest(checkpoint: Checkpoint, found: list[Candidate], data: Mapping[str, Any]) -> Candidate:
-    """The one whose BatchNorms know what passes through it.
+    """The candidate whose BatchNorm statistics match its activations best.
 
     Raises:
         ConfigError: none, or several.
@@ -169,5 +169,5 @@ def image_size(checkpoint: Checkpoint, notes: list[str]) -> int:
 
 
 def sizes(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a network is built from; None where it is not known."""
+    """Classes, channels and image size; None where unknown."""
     return {k: data[k] for k in ("classes", "channels", "image_size")}

@@ -1,4 +1,4 @@
-"""The bytes of a file: opened once, and what is read is what was hashed."""
+"""File access: opened once, and every byte read is covered by the file's hash."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CACHED = 16
 
 
 class Source(io.RawIOBase):
-    """A file that cannot change unnoticed.
+    """A file whose changes are detected.
 
-    Each chunk is sealed with a hash when it is first read. Whoever reads it again, be it to hash
+    Each chunk is hashed when it is first read. A later read, be it to hash
     the whole file, gets the same bytes or an error.
 
     Raises:

@@ -31,7 +31,7 @@ class New(NamedTuple):
 
 
 def written(file: WeightFile, path: Path, folder: Path, weights: Sequence[New]) -> Path:
-    """The new file; what is left out of it is logged.
+    """Write the new file; omitted content is logged.
 
     Raises:
         ArtefactError: a weight does not fit the file's number type, or its place is another's.
@@ -80,13 +80,13 @@ def exchanged(file: WeightFile, path: Path, weights: Sequence[New]) -> Callable[
 
 
 def as_held(file: WeightFile, tensor: Callable[[Place], Tensor], place: Place) -> Any:
-    """A tensor, or a numpy array where the file had one."""
+    """The tensor, of any shape, or a numpy array where the file had one."""
     value = tensor(place)
     return value.numpy() if place.record in file.arrays else value
 
 
 def tell(path: Path, dropped: Mapping[str, str]) -> None:
-    """Log what the purified file lacks."""
+    """Log the content that the purified file omits."""
     if dropped:
         some = [f"{k} ({v})" for k, v in list(dropped.items())[:MAX_LISTED]]
         more = ", ..." if len(dropped) > MAX_LISTED else ""

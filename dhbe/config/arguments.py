@@ -1,4 +1,4 @@
-"""Mistakes on the command line that Hydra accepts and then ignores: each is refused in one line."""
+"""Refuse command-line mistakes that Hydra would silently ignore."""
 
 from __future__ import annotations
 

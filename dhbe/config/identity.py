@@ -1,4 +1,4 @@
-"""What determines a result and what determines a victim: the one place that says it.
+"""Identity of results and victims: which settings enter their hashes.
 
 A config is first resolved completely (``dhbe.config.resolution``), then named by these hashes.
 """
@@ -76,7 +76,7 @@ def cell(tree: dict[str, Any]) -> str:
 def victim_recipe(
     tree: dict[str, Any], *, attacked: bool, images: str, precision: str, tf32: bool
 ) -> dict[str, Any]:
-    """Everything that makes a trained victim what it is; ``VictimStore`` names it by this.
+    """All settings that determine a trained victim; ``VictimStore`` names it by their hash.
 
     Args:
         attacked: whether the attack is active; the options of an idle one have no effect.

@@ -1,4 +1,4 @@
-"""A config is resolved completely before anything is named after it.
+"""Resolve a config completely, before its result is named.
 
 What files answer is filled in: the state of a user's images by ``${content:...}`` while the config
 is read, the network of a checkpoint by the function that the config names.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from dhbe.config.schema import plain
 from dhbe.core.errors import DHBEError
 from dhbe.core.folders import matching
 from dhbe.core.machine import cells_at_once
-from dhbe.core.paths import PACKAGE
+from dhbe.core.paths import CONF, PACKAGE
+
+HELP_WIDTH, HELP_INDENT = 110, 18
+"""Of the lists of choices in ``dhbe --help``, in characters."""
 
 
 def register_resolvers() -> None:
-    """Make known what the configs ask for.
+    """Register the resolvers with OmegaConf.
 
     ``${cell:}``: hash of what determines the result;
+    ``${choices:GROUP}``: names of the configs of a group, for ``--help``;
     ``${content:KEY,FOLDER/PATTERN}``: fingerprint of the files that keys beside it name;
     ``${package_data:MODULE}``: its folder;
     ``${workers:GIVEN}``: cells that this machine computes at once.
@@ -29,9 +34,16 @@ def register_resolvers() -> None:
     # Launchers of ours bear the names of the plugins' schemas, which they shall be checked against.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/")
     OmegaConf.register_new_resolver("cell", _cell, replace=True)
+    OmegaConf.register_new_resolver("choices", choices, replace=True)
     OmegaConf.register_new_resolver("content", _content, replace=True)
     OmegaConf.register_new_resolver("workers", cells_at_once, replace=True)
     OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
+
+
+def choices(group: str) -> str:
+    """Names of a group's configs, wrapped for a column of ``dhbe --help``."""
+    names = ", ".join(sorted(p.stem for p in (CONF / group).glob("*.yaml")))
+    return textwrap.fill(names, HELP_WIDTH - HELP_INDENT).replace("\n", "\n" + " " * HELP_INDENT)
 
 
 def _package_data(module: str) -> str:

@@ -30,14 +30,15 @@ REFERENCE_SIZE = 32
 class Poisoning(TypedDict):
     """Options that all attacks have, under ``attack.``.
 
-    poison_rate: poisoned images as a fraction of the victim's training images.
-    poison_count: so many poisoned images instead, for protocols that name a number; 0: the rate.
-    cover_rate: images with a trigger-like change and their true label, as a fraction likewise.
-    target_class: the label the attacker wants.
-    target_rule: who is attacked: everyone, everyone with the next label, or some classes.
-    source_classes: the classes attacked by ``source_specific``; else empty.
-    pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
-    augmentation: of the victim's training; it is part of an attack's recipe.
+    Attributes:
+        poison_rate: poisoned images as a fraction of the victim's training images.
+        poison_count: number of poisoned images, for protocols that give one; 0: use the rate.
+        cover_rate: fraction of images with a trigger-like change and their true label.
+        target_class: the label the attacker wants.
+        target_rule: who is attacked: everyone, everyone with the next label, or some classes.
+        source_classes: the classes attacked by ``source_specific``; else empty.
+        pool: whether images that already have the goal label may be poisoned (BackdoorBench does).
+        augmentation: of the victim's training; it is part of an attack's recipe.
     """
 
     spec: DataSpec
@@ -209,6 +210,12 @@ class Attack(nn.Module):
         """Training images for given codes; the default puts the trigger on all that are not clean.
 
         Attacks whose training images differ from their test images (perturbed, masked) override it.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1]; the result has the same shape and range.
+            y: true labels (B,).
+            codes: 0 clean, 1 poison, 2 cover (B,).
+            index: positions in the data set (B,).
         """
         del rng
         triggered = self.apply(x, y=y, index=index)
@@ -216,7 +223,7 @@ class Attack(nn.Module):
 
     @torch.no_grad()
     def poison(self, train: ImageSet, codes: Tensor, *, seed: int) -> ImageSet:
-        """The training set as the victim's owner gets it: triggered images, given labels.
+        """The poisoned training set of codes (N,): triggered images with the attacker's labels.
 
         For an attacker who controls training it is a snapshot: what one epoch looks like.
         """
@@ -249,7 +256,16 @@ class Attack(nn.Module):
     def compose(
         self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A training batch (images, labels, codes) before augmentation; ``controls_training``."""
+        """A training batch before augmentation, for attacks with ``controls_training``.
+
+        Args:
+            x: clean images (B, C, H, W) in [0, 1].
+            y: true labels (B,).
+            index: positions in the data set (B,).
+
+        Returns:
+            images (B, C, H, W), labels (B,) and codes (B,).
+        """
         codes = self.select(y, rng, part=True)
         return (
             self.training_images(x, y=y, codes=codes, index=index, rng=rng),
@@ -265,13 +281,13 @@ class Attack(nn.Module):
         """Called before each epoch with the fraction of the victim's budget that is spent."""
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        """The training loss on a batch: cross-entropy, mean over the batch."""
+        """Training loss () on x (B, C, H, W) with labels and codes (B,): mean cross-entropy."""
         del code
         return F.cross_entropy(network(x), y)
 
 
 def quantize(x: Tensor) -> Tensor:
-    """Clamp to [0, 1] and round to multiples of 1/255: what an image file can hold."""
+    """Clamp images (B, C, H, W) to [0, 1] and round to multiples of 1/255, as image files do."""
     return x.clamp(0, 1).mul(255).round().div(255)
 
 

@@ -1,4 +1,4 @@
-"""What to do about a failure of the machine: what failed, where, and the remedy, in one line."""
+"""One-line advice for failures of the machine: what failed, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MACHINE = {
     errno.ENFILE: "this machine has too many open files; close other programs",
     errno.EIO: "the disk or the network share fails; check it, then call the same command again",
     errno.ESTALE: "the network share was lost; the same command continues once it is back",
-    errno.EPIPE: "who read the output has gone; write it into a file",
+    errno.EPIPE: "the reader of the output has ended; write it into a file",
 }
 THREADS = (
     "this machine or user may have no more threads or processes; lower trainer.threads, "
@@ -53,7 +53,7 @@ def advice(error: Exception) -> str:
 
 
 def lost_worker(error: Exception) -> bool:
-    """Whether a launcher tells that a worker was killed."""
+    """Whether an exception means that a launcher's worker was killed."""
     return type(error).__module__.split(".")[0] in LAUNCHERS
 
 
@@ -95,7 +95,7 @@ def path_of(error: OSError) -> str:
 
 
 def written(error: OSError) -> bool | None:
-    """Whether the failed call wrote; None: nothing tells.
+    """Whether the failed call was a write; None if unknown.
 
     The kernel's answer does not say, so what the innermost calls are called and the mode in which
     they opened the file do.

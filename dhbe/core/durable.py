@@ -1,4 +1,4 @@
-"""Files that are whole whenever they are there, after a loss of power too."""
+"""Atomic, durable files: complete or absent, even after a power failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def replace(fresh: Path, target: Path) -> None:
-    """Give a finished file or folder its name, once its content is on the disk.
+    """Flush a finished file or folder to disk, then rename it into place.
 
     Raises:
         OSError: the disk is full, or the place cannot be written.
@@ -24,7 +24,7 @@ def replace(fresh: Path, target: Path) -> None:
 
 
 def settle(path: Path) -> None:
-    """Wait until a file, or all files in a folder, are on the disk.
+    """Flush a file, or all files in a folder, to disk.
 
     Raises:
         OSError: the disk is full, or fails.

@@ -1,4 +1,4 @@
-"""Errors a user can cause and mend; everything else is a bug and keeps its traceback."""
+"""Errors that a user can fix; everything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DivergenceError(DHBEError):
 
 
 class LostError(DHBEError):
-    """A process was killed, by the kernel for want of memory or by a user."""
+    """A process was killed, by the kernel (out of memory) or by a user."""
 
 
 def got(key: str, value: object, allowed: str, remedy: str = "") -> ConfigError:

@@ -1,4 +1,4 @@
-"""What lies below a folder: links are followed, what systems leave behind is not seen."""
+"""List folders: links are followed, files left by operating systems are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEFT_BEHIND = {
 
 
 def left_behind(name: str) -> bool:
-    """Whether a file or folder of this name is nobody's data."""
+    """Whether a name is one that operating systems leave behind (``.DS_Store`` and the like)."""
     return name.startswith(".") or name in LEFT_BEHIND
 
 

@@ -1,4 +1,4 @@
-"""One worker at a time, on one machine and on machines that share a folder."""
+"""File locks between workers, on one machine and on a shared file system."""
 
 from __future__ import annotations
 

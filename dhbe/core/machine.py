@@ -1,4 +1,4 @@
-"""What this machine can do at once."""
+"""Number of cells that this machine computes in parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which code computed a result."""
+"""Provenance of a result: commit and versions."""
 
 from __future__ import annotations
 

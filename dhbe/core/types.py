@@ -15,7 +15,7 @@ Augmentation = Literal["none", "crop_flip", "crop_flip_rotate"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What everybody, the defender included, may know of a data set.
+    """Public knowledge of a data set, shared with the defender.
 
     Attributes:
         mean, std: per-channel statistics of pixels in [0, 1]; the network's first layer.
@@ -47,7 +47,7 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """All that a defender may know of a victim: no attack, no test set inside."""
+    """The defender's view of a victim: no attack and no test set inside."""
 
     network: nn.Module
     architecture: str

@@ -174,10 +174,10 @@ class DefenderData:
 
 
 def draw_clean(budget: Budget, labels: Tensor, train_size: int, seed: int) -> Tensor:
-    """Positions of the granted clean images in the pool, balanced over the classes.
+    """Positions (n,) of the granted clean images in the pool, balanced over the classes.
 
     Args:
-        labels: of the pool.
+        labels: of the pool (N,).
         train_size: number of images that ``budget.fraction`` refers to.
 
     Raises:
@@ -207,7 +207,7 @@ def draw_clean(budget: Budget, labels: Tensor, train_size: int, seed: int) -> Te
 
 
 def others(size: int, chosen: Tensor, seed: int) -> Tensor:
-    """Positions of the pool that are not ``chosen``, shuffled; incoming images come first."""
+    """Positions of the pool that are not ``chosen`` (n,), shuffled; incoming ones come first."""
     free = torch.ones(size, dtype=torch.bool)
     free[chosen] = False
     rest = free.nonzero().flatten()
@@ -215,7 +215,7 @@ def others(size: int, chosen: Tensor, seed: int) -> Tensor:
 
 
 def not_granted(budget: Budget, labels: Tensor, train_size: int, seed: int) -> Tensor:
-    """Positions of the pool that this defender never sees in any form.
+    """Positions (M,) of the pool, of labels (N,), that this defender never sees in any form.
 
     Raises:
         BudgetError: there are none.

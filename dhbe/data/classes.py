@@ -1,4 +1,4 @@
-"""Which folder or text label is which class: the one rule for all of a user's images."""
+"""Map folders and text labels to class indices: one rule for all user images."""
 
 from __future__ import annotations
 

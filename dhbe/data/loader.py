@@ -18,7 +18,7 @@ Compose = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tens
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [0, 1], channels last in memory (faster convolutions).
+    """Images (B, C, H, W): uint8 -> float32 in [0, 1], channels last in memory.
 
     Floats are in [0, 1] already and keep their values.
     """

@@ -42,7 +42,7 @@ def natural_images(channels: int, size: int, count: int) -> Tensor | None:
 
 
 def natural_inputs(spec: DataSpec) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation per channel that natural images have behind a network's normalisation.
+    """Mean and deviation per channel of natural images after a network's normalisation.
 
     None where the normalisation is made of such statistics, so that it makes them 0 and 1.
     """

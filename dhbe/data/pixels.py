@@ -1,4 +1,4 @@
-"""From a decoded picture of any kind to 8-bit pixels in one mode: the one rule for all readers."""
+"""Convert decoded pictures of any kind to 8-bit pixels: one rule for all readers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Say = Callable[[str], None]
 
 
 def unsaid(remark: str) -> None:
-    """Nobody listens."""
+    """Ignore the message."""
     del remark
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """How pictures become pixels.
+    """Options of the conversion from pictures to pixels.
 
     Attributes:
         exif_orientation: turn pictures upright as their EXIF data says.

@@ -1,4 +1,4 @@
-"""What a user may say of their files: names of classes, columns of tables, pixels."""
+"""Options for user files: class names, table columns, pixels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Level = Annotated[int, Ge(0), Le(255)]
 class ReadingOptions(TypedDict, total=False):
     """Options under ``data.`` of the sets that a user brings.
 
-    class_names: of all classes in order, or a text file with one name a line; None: ``classes.txt``
-        beside the folders, else the folders themselves tell.
-    exif_orientation: turn images upright as their EXIF data says.
-    background: RGB colour, 0 to 255, that shows through transparent parts.
+    Attributes:
+        class_names: of all classes in order, or a text file with one name a line; None:
+            ``classes.txt`` beside the folders, else the names of the folders.
+        exif_orientation: turn images upright as their EXIF data says.
+        background: RGB colour, 0 to 255, that shows through transparent parts.
     """
 
     class_names: list[str] | str | None

@@ -1,4 +1,4 @@
-"""Every image is looked at before anything is trained: all that cannot be read, in one message."""
+"""Decode every image before training; report all unreadable ones in one message."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def assembled(
     how: Pixels = AS_USUAL,
     skipped: list[int] | None = None,
 ) -> ImageSet:
-    """The images, decoded now or, if streamed, once to see that all can be.
+    """Image set of the encoded images, decoded now or, if streamed, once as a check.
 
     Args:
+        groups: (N,) keeps relatives together.
         skipped: takes the positions of images that cannot be read, and these are left out; without
             it they are refused.
 

@@ -1,1 +1,1 @@
-"""What alone knows the trigger: predictions, metrics, evidence."""
+"""Evaluation, which alone knows the trigger: predictions, metrics, evidence."""

@@ -1,4 +1,4 @@
-"""What can be said of a network and its purified copy without a single real image.
+"""Evidence about a network and its purified copy that needs no real image.
 
 Images that each network itself takes for its classes (class impressions) stand in for data. On
 them: how often the two networks agree, and to which classes a trigger network, trained against
@@ -36,7 +36,7 @@ DRAWS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was found.
+    """Results of the probe.
 
     Attributes:
         agreement: images to which both networks give the same class.
@@ -64,7 +64,7 @@ class Evidence:
 
 
 class Probe:
-    """How much work the evidence is worth.
+    """Settings of the probe.
 
     Args:
         images: class impressions per network.

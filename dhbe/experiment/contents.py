@@ -1,4 +1,4 @@
-"""What lies in a result folder: weights, config, predictions, curves, pictures, metrics, pages."""
+"""Contents of a result folder: weights, config, predictions, curves, pictures, metrics, pages."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class ResultFolder:
             )
 
     def _discard_unused(self) -> None:
-        """Remove a working folder that holds its mark alone; only who holds the lock may."""
+        """Remove a working folder that holds only its marker file; requires the lock."""
         with suppress(OSError):
             if [p.name for p in self.partial.iterdir()] == [CELL]:
                 shutil.rmtree(self.partial)

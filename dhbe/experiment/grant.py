@@ -1,4 +1,4 @@
-"""What the defender receives: images within the budget, and nothing of the test set."""
+"""Grant the defender images within the budget, and nothing of the test set."""
 
 from __future__ import annotations
 

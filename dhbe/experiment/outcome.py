@@ -1,4 +1,4 @@
-"""What one run has found, on its way into the result folder."""
+"""Outcome of one run, before it is written to the result folder."""
 
 from __future__ import annotations
 

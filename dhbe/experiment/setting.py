@@ -1,4 +1,4 @@
-"""What one run works with, and its stages: victim, defense, predictions, evidence."""
+"""The parts and stages of one run: victim, defense, predictions, evidence."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Setting:
         return victim
 
     def purified(self, victim: Victim) -> Normalized:
-        """What the defense makes of the suspect and the data that its budget grants."""
+        """Apply the defense to the suspect, with the data that its budget grants."""
         with self.clock.stage("defense"):
             watch = self.runtime.stopwatch = Stopwatch(self.runtime.workdir)
             suspect = Suspect(
@@ -139,7 +139,7 @@ class Setting:
         )
 
     def evidence(self, victim: Victim, purified: Normalized) -> Evidence | None:
-        """What can be said without data, if it is asked for."""
+        """Evidence that needs no data, if requested."""
         if self.parts.probe is None:
             return None
         with self.clock.stage("evidence"):

@@ -1,4 +1,4 @@
-"""``metrics.json``: what was run, where, how long it took, and what came out."""
+"""Compose ``metrics.json``: setting, hardware, seconds, rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trackers that cannot harm a run: what they need is asked for first, what fails later is told."""
+"""Fail-safe trackers: requirements are checked first, later failures only warn."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Untroubled(Logger):
-    """A logger whose failures are told once and end nothing.
+    """A logger whose failures warn once and never end a run.
 
     Attributes:
         inner: the logger itself.
@@ -108,7 +108,7 @@ def wandb_settings() -> dict[str, Any]:
 
 
 def begin_wandb(logger: WandbLogger, *, offline: bool) -> None:
-    """Begin the entry now, not in the midst of a training.
+    """Create the wandb run now, not during training.
 
     Raises:
         ConfigError: there is no key.
@@ -128,7 +128,7 @@ def begin_wandb(logger: WandbLogger, *, offline: bool) -> None:
 
 
 def reach(url: str) -> None:
-    """Ask a server for anything at all.
+    """Check that a server answers.
 
     Raises:
         DHBEError: it does not answer within seconds.

@@ -1,4 +1,4 @@
-"""What a run tells the logger of its config: csv, tensorboard or wandb."""
+"""Log a run to the configured tracker: csv, tensorboard or wandb."""
 
 from __future__ import annotations
 

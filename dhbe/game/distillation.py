@@ -117,7 +117,7 @@ class Distillation(pl.LightningModule):
 
     @property
     def attackers(self) -> dict[str, TriggerNetwork | FaintTriggers]:
-        """Those in play, by the names of their weights."""
+        """Active attackers by the names of their loss weights."""
         found = {"patch": self.trigger_network, "faint": self.faint_triggers}
         return {name: attacker for name, attacker in found.items() if attacker is not None}
 
@@ -176,7 +176,7 @@ class Distillation(pl.LightningModule):
     def _generator_terms(
         self, x: Tensor, teacher_logits: Tensor, gaps: list[Tensor]
     ) -> list[Tensor]:
-        """What the generator minimises besides, whoever the student is."""
+        """Terms of the generator's loss that do not depend on the student."""
         weights, terms = self.weights, []
         if weights.tv1:
             terms.append(weights.tv1 * total_variation_l1(x))

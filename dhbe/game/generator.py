@@ -32,6 +32,7 @@ class UpConv(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Features (B, C_in, H, W) -> (B, C_out, 2H, 2W)."""
         w = self.weight.flip(2, 3)
         shifts = itertools.product(((0, 1), (1, 0)), repeat=2)
         kernel = torch.stack([F.pad(w, columns + rows) for rows, columns in shifts]).sum(dim=0)
@@ -91,6 +92,7 @@ class Rescale(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> the same shape."""
         return x * self.std + self.mean
 
 

@@ -1,4 +1,4 @@
-"""What the game draws: latent vectors and patch places, from a seed or from a script."""
+"""Randomness of the game: latent vectors and patch places, seeded or scripted."""
 
 from __future__ import annotations
 

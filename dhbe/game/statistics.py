@@ -1,4 +1,4 @@
-"""How far a batch is from what a network's BatchNorms expect."""
+"""Distance of a batch from a network's BatchNorm statistics."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class TriggerNetwork(Upsampler):
         self.patch_size = patch_size
 
     def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
-        """Normalised images with fresh patches at a fresh place."""
+        """Normalised images (B, C, H, W) with fresh patches at a fresh place."""
         patches = self(latents(self.latent))
         return add_patches(x_norm, patches, std, *place(x_norm.shape[-1] - self.patch_size))
 
@@ -92,7 +92,7 @@ class FaintTriggers(nn.Module):
         return self.amplitude * changes[places.argsort()]
 
     def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
-        """Normalised images with a change added to each, not clipped."""
+        """Normalised images (B, C, H, W) with a change added to each, not clipped."""
         del place
         changed: Tensor = x_norm + self(latents(self.network.latent)) / std
         return changed

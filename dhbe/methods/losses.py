@@ -28,7 +28,7 @@ def neighbour_norms(x: Tensor) -> Tensor:
 
 
 def total_variation_l2(x: Tensor) -> Tensor:
-    """Sum over four directions of the un-squared Frobenius norm over the whole batch tensor.
+    """Sum over four directions of the un-squared Frobenius norm of differences, x (B, C, H, W).
 
     DeepInversion's prior. It grows with the square root of the batch size.
     """
@@ -36,12 +36,12 @@ def total_variation_l2(x: Tensor) -> Tensor:
 
 
 def disagreement(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of two sets of logits, over batch and classes."""
+    """Mean absolute difference of logits (B, K), over batch and classes."""
     return (a - b).abs().mean()
 
 
 def total_variation_squared(x: Tensor) -> Tensor:
-    """Squared differences of vertical and horizontal neighbours, over all elements of x."""
+    """Squared differences of vertical and horizontal neighbours, mean over x (B, C, H, W)."""
     down, right = x.diff(dim=2).square().sum(), x.diff(dim=3).square().sum()
     return (down + right) / x.numel()
 
@@ -75,7 +75,7 @@ def diversity(x: Tensor, made: Tensor, shift: int = 1) -> Tensor:
 
 
 def pyramid(residual: Tensor) -> Tensor:
-    """Mean squared error over three scales."""
+    """Mean squared residual (B, C, H, W) over three scales."""
     scales = (residual, F.avg_pool2d(residual, 2), F.avg_pool2d(residual, 4))
     return torch.stack([s.square().mean() for s in scales]).mean()
 

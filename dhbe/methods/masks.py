@@ -26,6 +26,7 @@ class Scale(nn.Module):
         self.register_buffer("noise", torch.zeros_like(like))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Weight of any shape -> the scaled weight; the mask is broadcast."""
         return weight * (self.mask + self.noise)
 
 
@@ -69,7 +70,7 @@ def clamp(scales: Sequence[Scale], low: float = 0.0, high: float = 1.0) -> None:
 
 @torch.no_grad()
 def prune(layers: Sequence[nn.BatchNorm2d], scores: Sequence[Tensor], threshold: float) -> int:
-    """Set gamma = 0 where a channel's score is at or below the threshold; returns how many."""
+    """Set gamma = 0 where a channel's score (C,) is at most the threshold; returns the number."""
     count = 0
     for layer, score in zip(layers, scores, strict=True):
         out = score <= threshold

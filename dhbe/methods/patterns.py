@@ -23,7 +23,7 @@ def optimize(
     steps: int,
     learning_rate: float,
 ) -> Tensor:
-    """``start``, on the device of the run, after ``steps`` of Adam on ``loss``; detached."""
+    """``start`` (any shape) after ``steps`` of Adam on ``loss``; detached, on the run's device."""
     latent = start.to(runtime.device, runtime.dtype, copy=True).requires_grad_(True)
     optimizer = torch.optim.Adam([latent], lr=learning_rate)
     with torch.enable_grad():
@@ -55,7 +55,7 @@ def smooth(latent: Tensor, size: int) -> Tensor:
 
 
 def min_max(x: Tensor) -> Tensor:
-    """Shift and scale each image, or the one image, to the range [0, 1]."""
+    """Shift and scale each image of (B, C, H, W), or one (C, H, W), to the range [0, 1]."""
     flat = x.flatten(-3)
     low, high = flat.amin(-1), flat.amax(-1)
     low, high = (v[..., None, None, None] for v in (low, high))
@@ -63,5 +63,5 @@ def min_max(x: Tensor) -> Tensor:
 
 
 def frozen_call(network: nn.Module, x: Tensor) -> Tensor:
-    """``network(x)`` with gradients for ``x`` alone: weights and statistics stay as they are."""
+    """Logits (B, K) of x (B, C, H, W), with gradients for ``x`` alone; statistics stay."""
     return frozen_statistics(network, x, {k: p.detach() for k, p in network.named_parameters()})

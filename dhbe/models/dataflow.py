@@ -19,7 +19,7 @@ def conv_bn_pairs(network: nn.Module, probe: Tensor) -> list[tuple[nn.Conv2d, nn
 
     Args:
         network: in eval mode (its statistics stay as they are).
-        probe: any input the network accepts.
+        probe: any input (B, C, H, W) that the network accepts.
     """
     made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}  # the tensor is kept: its id stays unique
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []

@@ -1,4 +1,4 @@
-"""Looking into a network while it computes: outputs of inner modules, stage by stage."""
+"""Forward hooks: outputs of inner modules, stage by stage."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Dropout(nn.Module):
         self.share = share
 
     def forward(self, x: Tensor) -> Tensor:
+        """Activations of any shape -> the same shape."""
         drawn = torch.rand(x.shape, generator=self.rng, device=self.rng.device)
         return x * (drawn >= self.share).to(x.dtype) / (1 - self.share)
 
@@ -64,7 +65,7 @@ def inserted(
 def frozen_statistics(
     network: nn.Module, x: Tensor, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """``network(x)`` in its mode, but BatchNorm's running statistics stay as they are.
+    """``network(x)``, x (B, C, H, W), in its mode; BatchNorm's running statistics stay.
 
     Args:
         weights: other values for parameters, by name; gradients flow into them.
@@ -84,6 +85,7 @@ def stages(network: nn.Module, probe: Tensor) -> list[nn.Module]:
 
     Args:
         network: in eval mode.
+        probe: any input (B, C, H, W) that the network accepts.
     """
     last: dict[int, nn.Module] = {}
 
@@ -102,7 +104,7 @@ def stages(network: nn.Module, probe: Tensor) -> list[nn.Module]:
 
 @torch.no_grad()
 def executed_after(network: nn.Module, cut: nn.Module, probe: Tensor) -> list[Any]:
-    """Layers with weights that start after ``cut`` has finished, in order of execution."""
+    """Layers with weights that run after ``cut``, in order, for a probe (B, C, H, W)."""
     done: list[bool] = []
     found: list[Any] = []
 

@@ -59,7 +59,7 @@ def prepared(network: nn.Module, spec: DataSpec) -> list[str]:
 
 
 def tried(network: nn.Module, x: Tensor) -> Any:
-    """What a network says of images, channels last in memory if it bears that."""
+    """Raw outputs for images (B, C, H, W), in channels-last memory if the network supports it."""
     try:
         return channels_last(network)(x.contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
@@ -70,7 +70,7 @@ def tried(network: nn.Module, x: Tensor) -> Any:
 
 
 def probabilities(out: Tensor) -> bool:
-    """Whether rows are in [0, 1] and sum to 1."""
+    """Whether the rows of outputs (B, K) are in [0, 1] and sum to 1."""
     inside = bool((out >= 0).all() and (out <= 1).all())
     return inside and torch.allclose(out.sum(1), out.new_ones(len(out)), atol=1e-4)
 
@@ -82,7 +82,7 @@ def logits_of(network: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tens
 
 
 def contiguous_input(network: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Forward pre-hook; also the mark of networks whose weights stay contiguous."""
+    """Forward pre-hook on images (B, C, H, W); also marks networks with contiguous weights."""
     return (args[0].contiguous(), *args[1:])
 
 

@@ -57,6 +57,7 @@ class Normalized(nn.Module):
         return self.mean.new_zeros((batch_size, *self.spec.shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [0, 1] -> logits (B, classes)."""
         logits: Tensor = self.network(self.normalize(x))
         return logits
 

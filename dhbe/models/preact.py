@@ -27,6 +27,7 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         activated = F.relu(self.bn1(x))
         skipped = activated if isinstance(self.shortcut, nn.Conv2d) else x
         if self.shortcut is not None:
@@ -54,6 +55,7 @@ class PreActResNet18(nn.Module):
         self.head = nn.Linear(512, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> logits (B, classes)."""
         logits: Tensor = self.head(self.blocks(self.conv1(x)).mean(dim=(2, 3)))
         return logits
 
@@ -84,6 +86,7 @@ class WideResNet(nn.Module):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> logits (B, classes)."""
         features = F.relu(self.bn(self.blocks(self.conv1(x)))).mean(dim=(2, 3))
         logits: Tensor = self.head(features)
         return logits

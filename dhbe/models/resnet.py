@@ -80,6 +80,7 @@ class SmallResNet(nn.Module):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> logits (B, classes)."""
         features = self.stages(self.stem(x)).mean(dim=(2, 3))  # (B, widths[-1])
         logits: Tensor = self.head(features)
         return logits
@@ -137,6 +138,7 @@ class PaddedShortcut(nn.Module):
         self.more, self.stride = more, stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C, H, W) -> (B, C + more, H / stride, W / stride)."""
         kept = x[:, :, :: self.stride, :: self.stride]
         return F.pad(kept, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
 
@@ -149,5 +151,6 @@ class SubsampledConv(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Features (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         down, right = self.stride
         return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias)

@@ -40,6 +40,7 @@ class Gate(nn.Module):
         self.inner, self.factor = inner, factor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C, H, W) -> the gated shortcut."""
         passed: Tensor = x if self.inner is None else self.inner(x)
         return self.factor * passed
 

@@ -47,6 +47,7 @@ class Translator(nn.Module):
             self.out = nn.Sequential(self.out, nn.BatchNorm2d(channels_out, momentum=0.05))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> maps (B, C_out, H, W)."""
         passed = []
         for block in self.down:
             x = block(x)

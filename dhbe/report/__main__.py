@@ -38,6 +38,13 @@ def main() -> None:
         metavar="CSV",
         help="show published figures beside ours (without CSV: those that come with dhbe)",
     )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=("png", "svg", "pdf"),
+        default=["png"],
+        help="of the figures' files (default: png)",
+    )
     options = parser.parse_args()
     lenient()
     try:
@@ -75,7 +82,7 @@ def report(options: argparse.Namespace) -> None:
     if options.compare and len(table):
         published = pd.read_csv(options.compare)
         extra["Beside published figures"] = beside_published(table, published)
-    tables = write_report(table, failed, options.out, extra)
+    tables = write_report(table, failed, options.out, extra, options.format)
     print(markdown(tables["ACC / ASR by attack"]))
     print(f"report: {options.out / 'index.html'}")
 

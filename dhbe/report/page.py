@@ -18,7 +18,8 @@ from PIL import Image
 
 from dhbe.core.exit_status import UNWRITABLE
 from dhbe.report import former
-from dhbe.report.folder import ROLES, reach_rows, read_metrics, rows, work
+from dhbe.report.folder import LABELS, ROLES, reach_rows, read_metrics, rows, work
+from dhbe.report.legend import METRICS, class_names
 from dhbe.report.texts import decimals, drawing
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
@@ -54,9 +55,12 @@ def write_page(folder: Path) -> Path:
     )
     environment.filters["decimals"] = decimals
     pictures = sorted((folder / "pictures").glob("*.png"))
+    config = (folder / "config.yaml").read_text()
     page = environment.get_template("run.html").render(
         m=metrics,
         rows=rows(metrics),
+        legend=METRICS | {label: METRICS[key] for key, label in LABELS.items()},
+        names=class_names(metrics["data"], config),
         work={stage: work(metrics, stage) for stage in ("victim", "defense")},
         examples=_examples(folder),
         generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
@@ -64,7 +68,7 @@ def write_page(folder: Path) -> Path:
         triggers=[_shown(p) for p in pictures if p.name.startswith("triggers_found")],
         curves=_curves(folder / "curves.csv"),
         **_evidence(metrics, pictures),
-        config=(folder / "config.yaml").read_text(),
+        config=config,
     )
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8", errors=UNWRITABLE)

@@ -1,4 +1,4 @@
-"""Results for people who would rather look than read: ``overview.png`` of a run, all attacks."""
+"""Overview pictures: ``overview.png`` of one run, and a gallery of attacks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _images(panel: Any, clean: np.ndarray, triggered: np.ndarray) -> None:
 
 
 def _grids(panel: Any, files: list[Path]) -> None:
-    panel.suptitle("what the game invents: images, patches")
+    panel.suptitle("generated images, patches")
     for a, file in zip(panel.subplots(len(files), 1, squeeze=False)[:, 0], files, strict=True):
         _show(a, np.asarray(Image.open(file)))
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import matplotlib
 import pandas as pd
 
 from dhbe.core.exit_status import UNWRITABLE
 from dhbe.report.collect import OPTIONS, OPTIONS_FILE
 from dhbe.report.failed import SHOWN
 from dhbe.report.figures import figures
+from dhbe.report.legend import METRICS, explained
 from dhbe.report.page import data_url
 from dhbe.report.tables import compare, latex, markdown, matrix, ranking, summarize
 from dhbe.report.texts import drawing, neutral
@@ -23,17 +26,21 @@ HIDDEN = ["case", "method", "folder"]
 
 
 def write_report(
-    table: pd.DataFrame, failed: pd.DataFrame, out: Path, extra: dict[str, pd.DataFrame]
+    table: pd.DataFrame,
+    failed: pd.DataFrame,
+    out: Path,
+    extra: dict[str, pd.DataFrame],
+    formats: Sequence[str] = ("png",),
 ) -> dict[str, pd.DataFrame]:
     """Write the report of ``collect``'s table into ``out``; returns its tables by title.
 
     ``results.csv`` and ``results.parquet`` (every run), ``options.json`` (the options behind their
-    hashes), ``tables.md``, ``tables.tex``, figures as PNG, and ``index.html``, one self-contained
-    page.
+    hashes), ``tables.md``, ``tables.tex``, figures, and ``index.html``, one self-contained page.
 
     Args:
         failed: ``failures``; with an empty ``table`` the report is about these alone.
         extra: more tables by title.
+        formats: of the figures' files: ``png``, ``svg``, ``pdf``.
     """
     out.mkdir(parents=True, exist_ok=True)
     options = {
@@ -65,19 +72,27 @@ def write_report(
     )
     page = environment.get_template("collection.html").render(
         tables=tables | {"Every run": runs.drop(columns=HIDDEN, errors="ignore")},
-        pictures=write_figures(table, out) if len(table) else [],
+        pictures=write_figures(table, out, formats) if len(table) else [],
+        metrics=METRICS,
+        explained=explained,
     )
     (out / "index.html").write_text(page, encoding="utf-8", errors=UNWRITABLE)
     return tables
 
 
-def write_figures(table: pd.DataFrame, out: Path) -> list[dict[str, str]]:
-    """Write the figures of ``collect``'s table as PNG; ``source`` and ``caption`` for the page."""
+def write_figures(
+    table: pd.DataFrame, out: Path, formats: Sequence[str] = ("png",)
+) -> list[dict[str, str]]:
+    """Write the figures of ``collect``'s table; ``source`` (PNG) and ``caption`` for the page."""
     pictures = []
-    with drawing():
+    with drawing(), matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
         for name, caption, figure in figures(table):
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=110)
-            (out / f"{name}.png").write_bytes(buffer.getvalue())
+            for kind in formats:
+                if kind == "png":
+                    (out / f"{name}.png").write_bytes(buffer.getvalue())
+                else:
+                    figure.savefig(out / f"{name}.{kind}")
             pictures.append({"source": data_url(buffer.getvalue()), "caption": caption})
     return pictures

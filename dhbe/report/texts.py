@@ -1,4 +1,4 @@
-"""Names and messages that come from elsewhere, made harmless for the program that shows them.
+"""Escape untrusted names and messages for CSV, Markdown and figures.
 
 They may hold what spreadsheets take for a formula, browsers for markup, and matplotlib for a
 formula between dollars. Pages escape by themselves (jinja2), LaTeX tables too (pandas).
@@ -67,7 +67,7 @@ def cell(text: str) -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """While figures are made and saved: a dollar is a dollar."""
+    """Context for drawing figures in which ``$`` is literal, not mathematics."""
     with matplotlib.rc_context({"text.parse_math": False}):
         yield
 

@@ -40,7 +40,7 @@ EXTRAS = {"submitit_local": "slurm"}
 
 
 def insistent(method: Callable[..., None]) -> Callable[..., None]:
-    """A callback that ends the command when it fails; Hydra would go on with a mere warning."""
+    """Decorator: a failing callback ends the command; Hydra would only warn."""
 
     @wraps(method)
     def called(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The cells that a sweep is to compute, and what became of them."""
+"""Plan of a sweep: its cells and their outcomes."""
 
 from __future__ import annotations
 

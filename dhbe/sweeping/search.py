@@ -6,7 +6,7 @@ Overrides are those of ``run.py``; what Hydra calls a sweep is searched instead:
         "defense.weights.patch=tag(log,interval(0.05,1))" "defense.patch_size=choice(3,5,7)"
 
 The study NAME lies in ``outputs/results/search.db``; the same command continues a killed one, and
-several processes may share one (each ends with the trial that it is at when enough are there).
+several processes may share one; each finishes its current trial when enough are complete.
 Trials that were killed or diverged do not count. Every trial is an ordinary cell, computed once,
 but it lies in ``outputs/search/NAME``, apart from the results: a search looks at many settings, and
 one with ``--objective oracle`` at the test set, so that its cells are no table's.

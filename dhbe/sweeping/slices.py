@@ -1,4 +1,4 @@
-"""A sweep in slices: ``python -m dhbe.sweeping.slices NAME [--minutes 9] [key=value]``.
+"""A sweep within a time limit: ``python -m dhbe.sweeping.slices NAME [--minutes 9] [key=value]``.
 
 NAME is that of ``+sweep=NAME``; what is given as ``key=value`` stands in place of its values. The
 cells are computed in order, in this process. Skipped are those that are finished, that failed

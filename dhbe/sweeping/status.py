@@ -1,7 +1,7 @@
-"""Where a sweep stands, from any terminal: ``python -m dhbe.sweeping.status [NAME|DIR] [--once]``.
+"""Progress of a sweep: ``python -m dhbe.sweeping.status [NAME|DIR] [--once]``.
 
 NAME is that of ``+sweep=NAME`` (results in ``--results``), DIR a results folder; of several
-launches the newest is shown. It reads files and looks at locks, disturbs nobody, and ends when no
+launches the newest is shown. It only reads files and tests locks, and ends when no
 cell is left.
 """
 

@@ -1,4 +1,4 @@
-"""What makes a training faster and leaves its numbers: compilation.
+"""Compilation of trainings; results stay equal up to rounding.
 
 It changes networks in place, without a wrapper, and only while a training lasts: names of weights,
 checkpoints and copies stay what they are.

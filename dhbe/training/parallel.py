@@ -47,7 +47,7 @@ def started() -> bool:
 
 
 def refusal(processes: int) -> ConfigError:
-    """What is said where a run cannot have several processes."""
+    """Error for settings that do not support several processes."""
     remedy = "sweeps use a process per cell (hydra/launcher=joblib, slurm)"
     return got("trainer.processes", processes, "1 except in a single `python run.py`", remedy)
 
@@ -163,7 +163,7 @@ class Processes:
         return slice(part * self.rank, part * (self.rank + 1))
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors by their mean over the processes, in one message per type."""
+        """Replace tensors (any shape) by their mean over the processes; a message per dtype."""
         self._together(list(tensors), lambda flat: dist.all_reduce(flat.div_(self.count)))
 
     def average_gradients(self, optimizers: Iterable[Any]) -> None:
@@ -177,16 +177,16 @@ class Processes:
         self._together(values, lambda flat: dist.broadcast(flat, 0))
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Sum over the processes; each gets the gradients of all."""
+        """Sum of ``x`` (any shape) over the processes; each gets the gradients of all."""
         out: Tensor = _Total.apply(x) if self.count > 1 else x
         return out
 
     def all_reduce_mean(self, x: Tensor) -> Tensor:
-        """Mean over the processes; gradients flow."""
+        """Mean of ``x`` (any shape) over the processes; gradients flow."""
         return self.all_reduce_sum(x) / self.count if self.count > 1 else x
 
     def all_reduce_norm(self, norms: Tensor) -> Tensor:
-        """Euclidean norms of all rows from those of each process's rows; gradients flow."""
+        """Euclidean norms (K,) of all rows from those of each process's rows; gradients flow."""
         return self.all_reduce_sum(norms.square()).sqrt() if self.count > 1 else norms
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a training leaves behind: curves, pictures, seconds, its last checkpoint."""
+"""Records of a training: curves, pictures, seconds, last checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Recorder(Checkpoint):
     """Curves and pictures of one stage; travels with the checkpoint, so a resumed run keeps them.
 
-    A ``Checkpoint`` in Lightning's eyes, because those run after the module has logged its epoch.
+    A Lightning ``Checkpoint``, because these run after the module has logged its epoch.
 
     Args:
         observe: measures the network being trained (evaluation callback; nothing flows back).
@@ -71,7 +71,7 @@ class Recorder(Checkpoint):
         self.notes.append(f"{how}: suspicious classes {self.suspected}")
 
     def isolate(self, positions: Tensor, how: str) -> None:
-        """Keep the positions in the poisoned set of what a defense takes for poison.
+        """Keep the positions (n,) in the poisoned set that a defense takes for poison.
 
         Args:
             how: method and details, for the note.

@@ -1,4 +1,4 @@
-"""How a run computes: device, precision, random streams, Lightning trainer, and what it records."""
+"""Runtime of a run: device, precision, random streams, Lightning trainer, recorder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -23,6 +23,7 @@ from dhbe.core.types import DataSpec
 from dhbe.data import ImageSet, TrainingBatches, to_float
 from dhbe.training.compile import compiled
 from dhbe.training.parallel import Processes
+from dhbe.training.progress import StageBar
 from dhbe.training.recorder import Recorder, Stopwatch
 from dhbe.training.resuming import LastEpoch, newest
 from dhbe.training.schedule import Schedule
@@ -36,14 +37,14 @@ BATCH = 500
 
 
 def call(network: nn.Module, x: Tensor) -> Tensor:
-    """``network(x)``."""
+    """``network(x)`` for images (B, C, H, W)."""
     out: Tensor = network(x)
     return out
 
 
 @dataclass(kw_only=True)
 class Runtime:
-    """Everything a stage needs to compute, and nothing it may not see.
+    """Computing environment of a stage, without access to data.
 
     Attributes:
         workdir: holds the checkpoint of the stage while it runs.
@@ -99,7 +100,7 @@ class Runtime:
         return self.pixels(images.resident().images)
 
     def pixels(self, raw: Tensor) -> Tensor:
-        """uint8 images as floats in [0, 1], likewise."""
+        """uint8 images (N, C, H, W) as floats in [0, 1], on the device, in the run's dtype."""
         return to_float(raw.to(self.device)).to(self.dtype)
 
     def labels(self, images: ImageSet) -> Tensor:
@@ -222,7 +223,7 @@ class Runtime:
         counter = WorkCounter(self.processes.count) if config.count else None
         hooks: list[Callback] = [*([counter] if counter else []), *callbacks, self.recorder, saver]
         if config.progress and self.processes.first:
-            hooks.append(RichProgressBar(leave=True))
+            hooks.append(StageBar(self.recorder))
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -1,4 +1,4 @@
-"""How networks learn: optimisers, shapes of the learning rate, budgets of epochs."""
+"""Training schedules: optimisers, shapes of the learning rate, numbers of epochs."""
 
 from __future__ import annotations
 

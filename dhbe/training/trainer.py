@@ -75,11 +75,11 @@ class TrainerConfig:
         self.progress = sys.stderr.isatty() if progress == "auto" else progress == "always"
         self.tf32 = tf32 and name == "cuda"
         if tf32 and not self.tf32:
-            log.warning("trainer.tf32: there is no GPU here; float32 stays what it is")
+            log.warning("trainer.tf32: there is no GPU here; float32 stays exact")
         self.compile, self.count = compile, count
 
     def apply(self) -> None:
-        """Set what torch keeps for the whole process: threads, and how GPUs multiply float32."""
+        """Set torch's process-wide options: threads and float32 matrix precision."""
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.device.type == "cuda":

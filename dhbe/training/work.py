@@ -38,7 +38,7 @@ A100, L40S and L4 likewise)."""
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """FLOP, bytes and seconds of something."""
+    """FLOP, bytes and seconds of a computation."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -178,7 +178,7 @@ class WorkTotal:
 
 
 def device_name(device: torch.device) -> str:
-    """What the machine calls it."""
+    """Device name as the driver reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")

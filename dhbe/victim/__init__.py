@@ -1,1 +1,1 @@
-"""Where suspects come from, and where trained victims are stored."""
+"""Sources of victims (trained, fine-tuned, read from a file), and their store."""

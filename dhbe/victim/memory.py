@@ -1,4 +1,4 @@
-"""A network in memory takes the place of a training: ``dhbe.purify(model)``."""
+"""Victims from memory, for ``dhbe.purify(model)``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class InMemoryVictim(VictimSource):
 
     Args:
         network: from normalised images to logits.
-        assumed: what it does not say and was assumed, in words.
+        assumed: notes on settings that were assumed.
     """
 
     def __init__(self, network: nn.Module, assumed: Sequence[str] = ()) -> None:

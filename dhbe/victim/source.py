@@ -1,4 +1,4 @@
-"""Where the network under suspicion comes from: one protocol, one class per origin."""
+"""Sources of the suspicious network: one protocol, one class per origin."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class VictimRequest:
 
 
 class VictimSource(ABC):
-    """Gives the victim; what is asked of it besides has an answer for trained victims."""
+    """Source of a victim; methods other than ``obtain`` default to those of trained victims."""
 
     trains: ClassVar[bool] = False
     """Whether victims are trained here, so that there is a clean network of the same recipe."""

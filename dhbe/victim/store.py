@@ -70,7 +70,7 @@ class VictimStore:
         self.root = root
 
     def folder(self, recipe: dict[str, Any]) -> Path:
-        """Where the victim of this recipe lies."""
+        """Folder of the victim of this recipe."""
         return self.root / fingerprint({"format": FORMAT, **recipe})
 
     def obtain(
@@ -83,7 +83,7 @@ class VictimStore:
         """The victim of this recipe: read if it is there, else made and stored, by one process.
 
         Args:
-            recipe: everything that makes the victim what it is.
+            recipe: all settings that determine the victim.
             network, attack: freshly built; filled with the victim's state.
             make: trains both in place, given a folder for checkpoints.
 

@@ -111,7 +111,7 @@ class TrainedVictim(VictimSource):
 def measure(
     network: Normalized, attack: Attack, images: ImageSet, runtime: Runtime
 ) -> dict[str, float]:
-    """What a stored victim is recognised by, on the first training images.
+    """Measurements on the first training images that identify a stored victim.
 
     ``acc`` and ``asr``, and ``change``, the mean change of a pixel by the trigger in 1/255.
     """
