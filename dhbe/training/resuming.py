@@ -56,7 +56,6 @@ def seal(file: Path) -> None:
         content.write(SEAL.to_bytes(2, "little"))
         content.seek(0)
         found = hashlib.sha256(content.read()).hexdigest()
-        content.seek(0, os.SEEK_END)
         content.write(MARK + found.encode())
 
 
