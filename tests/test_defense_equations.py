@@ -234,7 +234,7 @@ def test_natural_gradient_by_an_explicit_fisher_matrix() -> None:
 def test_awm_sees_the_images_as_they_are(
     compose_config, images: Resident, make_runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, data = build("awm", compose_config), granted(images, fraction=0.1)
+    method, data = build("awm", compose_config, passes=5), granted(images, fraction=0.1)
     own = {x.numpy().tobytes() for x in to_float(data.clean().resident().images)}
     seen: list[torch.Tensor] = []
 

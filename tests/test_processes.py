@@ -36,6 +36,7 @@ from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig
 from tests.conftest import make_spec
+from tests.support.commands import SERVER
 from tests.support.game import PUBLISHED_RATES
 
 CPU = torch.device("cpu")
@@ -142,7 +143,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, folder), nprocs=2)
+    torch.multiprocessing.start_processes(
+        worker, args=(port, folder), nprocs=2, start_method=SERVER.get_start_method()
+    )
     two = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     return train(folder / "one"), *two
 

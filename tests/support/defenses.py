@@ -32,7 +32,6 @@ SHORT = {
     "backgrounds": 3,
     "inputs": 2,
     "passes": 1,
-    "copies": 2,
 }
 """Options that only cost time, at every depth of a config."""
 
