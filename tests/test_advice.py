@@ -28,6 +28,7 @@ def failure(act: Callable[[], object]) -> Exception:
 READ = {
     "read_text": lambda p: (p / "absent.yaml").read_text(),
     "open": lambda p: (p / "absent.yaml").open(),
+    "in C": lambda p: open(p / "absent.yaml"),  # noqa: SIM115
     "a folder": lambda p: (p / "folder").read_bytes(),
     "an image": lambda p: Image.open(p / "absent.png"),
     "pandas": lambda p: pd.read_csv(p / "absent.csv"),
@@ -69,6 +70,12 @@ def test_what_could_not_be_written_is_named(place: Path, kind: str) -> None:
     assert str(place) in said
     assert ": cannot be written (" in said
     assert "paths.results or paths.victims" in said
+
+
+def test_a_copy_that_finds_no_room_names_where_it_was_to_be() -> None:
+    """``shutil`` names both; what can be read is not the trouble."""
+    error = OSError(errno.ENOSPC, "No space left on device", "/tmp/state", None, "/full/last.new")
+    assert advice(error).startswith("/full/last.new: cannot be written (No space left on device)")
 
 
 def test_a_full_disk() -> None:
