@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dhbe.core import exit_status
 from dhbe.core.advice import advice
+from dhbe.core.durable import writing
 from dhbe.core.errors import out_of_memory
 
 
@@ -76,6 +79,22 @@ def test_a_copy_that_finds_no_room_names_where_it_was_to_be() -> None:
     """``shutil`` names both; what can be read is not the trouble."""
     error = OSError(errno.ENOSPC, "No space left on device", "/tmp/state", None, "/full/last.new")
     assert advice(error).startswith("/full/last.new: cannot be written (No space left on device)")
+
+
+def test_weights_that_find_no_room_are_named(tmp_path: Path) -> None:
+    """safetensors tells the number of the error alone."""
+
+    def save() -> None:
+        with writing(tmp_path / "absent" / "x.safetensors"):
+            save_file({"a": torch.ones(1)}, tmp_path / "absent" / "x.safetensors")
+
+    assert advice(failure(save)).startswith(f"{tmp_path}/absent/x.safetensors: cannot be ")
+
+    def fill() -> None:
+        with writing(tmp_path / "x"):
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    assert advice(failure(fill)).startswith(f"{tmp_path}/x: cannot be written (No space left")
 
 
 def test_a_full_disk() -> None:
