@@ -296,7 +296,7 @@ def test_another_folder_for_the_job_moves_no_paths(swept: tuple[Path, Any], tmp_
         (["-m", "seed=0,1", "seed=2"], "seed=0,1 seed=2: given twice; write seed=0,1,2"),
         (["-m", "+sweep=quick", "seed=0", "++seed=1"], "seed=0 seed=1: given twice"),
         (["+defence=clp"], "nothing reads defence; did you mean defense=clp"),
-        (["++atack.target_class=1"], "nothing reads atack.target_class"),
+        (["++attacks.target_class=1"], "nothing reads attacks.target_class"),
         (["+paths.result=x"], "nothing reads paths.result; did you mean paths.results=x"),
         (["+checkpoint=a.pt"], "nothing reads checkpoint; write task=purify checkpoint=a.pt"),
     ],
