@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dhbe.core import exit_status
 from dhbe.core.advice import advice
+from dhbe.core.durable import writing
 from dhbe.core.errors import out_of_memory
 
 
@@ -28,6 +31,7 @@ def failure(act: Callable[[], object]) -> Exception:
 READ = {
     "read_text": lambda p: (p / "absent.yaml").read_text(),
     "open": lambda p: (p / "absent.yaml").open(),
+    "in C": lambda p: open(p / "absent.yaml"),  # noqa: SIM115
     "a folder": lambda p: (p / "folder").read_bytes(),
     "an image": lambda p: Image.open(p / "absent.png"),
     "pandas": lambda p: pd.read_csv(p / "absent.csv"),
@@ -69,6 +73,28 @@ def test_what_could_not_be_written_is_named(place: Path, kind: str) -> None:
     assert str(place) in said
     assert ": cannot be written (" in said
     assert "paths.results or paths.victims" in said
+
+
+def test_a_copy_that_finds_no_room_names_where_it_was_to_be() -> None:
+    """``shutil`` names both; what can be read is not the trouble."""
+    error = OSError(errno.ENOSPC, "No space left on device", "/tmp/state", None, "/full/last.new")
+    assert advice(error).startswith("/full/last.new: cannot be written (No space left on device)")
+
+
+def test_weights_that_find_no_room_are_named(tmp_path: Path) -> None:
+    """safetensors tells the number of the error alone."""
+
+    def save() -> None:
+        with writing(tmp_path / "absent" / "x.safetensors"):
+            save_file({"a": torch.ones(1)}, tmp_path / "absent" / "x.safetensors")
+
+    assert advice(failure(save)).startswith(f"{tmp_path}/absent/x.safetensors: cannot be ")
+
+    def fill() -> None:
+        with writing(tmp_path / "x"):
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    assert advice(failure(fill)).startswith(f"{tmp_path}/x: cannot be written (No space left")
 
 
 def test_a_full_disk() -> None:

@@ -27,7 +27,7 @@ from dhbe.core.errors import ConfigError
 from dhbe.report.collect import collect
 from dhbe.report.failed import failures
 from dhbe.sweeping.callback import Sweep
-from dhbe.sweeping.failures import PLANS, failure_file, record_lost_jobs, write_json
+from dhbe.sweeping.failures import PLANS, SUFFIX, failure_file, record_lost_jobs, write_json
 from dhbe.sweeping.plan import Plan, summarize
 from dhbe.sweeping.status import Names, left, newest, state, view
 from dhbe.sweeping.workers import take_slot
@@ -296,7 +296,7 @@ def test_another_folder_for_the_job_moves_no_paths(swept: tuple[Path, Any], tmp_
         (["-m", "seed=0,1", "seed=2"], "seed=0,1 seed=2: given twice; write seed=0,1,2"),
         (["-m", "+sweep=quick", "seed=0", "++seed=1"], "seed=0 seed=1: given twice"),
         (["+defence=clp"], "nothing reads defence; did you mean defense=clp"),
-        (["++atack.target_class=1"], "nothing reads atack.target_class"),
+        (["++attacks.target_class=1"], "nothing reads attacks.target_class"),
         (["+paths.result=x"], "nothing reads paths.result; did you mean paths.results=x"),
         (["+checkpoint=a.pt"], "nothing reads checkpoint; write task=purify checkpoint=a.pt"),
     ],
@@ -363,6 +363,22 @@ def test_a_note_outlives_a_killed_process_alone(tmp_path: Path) -> None:
     )
     record_lost_jobs(tmp_path)
     assert json.loads(failure_file(tmp_path / CELL).read_text())["message"] == "new"
+
+
+def test_what_killed_processes_had_begun_to_write_goes(tmp_path: Path) -> None:
+    (tmp_path / PLANS).mkdir()
+    host, dead = os.uname().nodename, subprocess.Popen(["true"])
+    dead.wait()
+    gone = [tmp_path / f".a{SUFFIX}.{host}.{dead.pid}.new"]
+    gone += [tmp_path / PLANS / f"s.json.{host}.{dead.pid}.new"]
+    kept = [tmp_path / f".a{SUFFIX}.{host}.{os.getpid()}.new"]
+    kept += [tmp_path / f".a{SUFFIX}.another.{dead.pid}.new", tmp_path / "theirs.new"]
+    for file in (*gone, *kept):
+        file.touch()
+    record_lost_jobs(tmp_path)
+    assert [f.exists() for f in (*gone, *kept)] == [False, False, True, True, True]
+    write_json(tmp_path / "b.json", 1)
+    assert len(list(tmp_path.glob("b.json*"))) == 1
 
 
 def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> None:

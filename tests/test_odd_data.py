@@ -240,3 +240,17 @@ def test_what_is_no_image_is_told_in_words() -> None:
     for blob, cause in ((b"", "empty"), (os.urandom(50), "none of PNG, JPEG")):
         with pytest.raises(DataError, match=rf"x.png: not a readable image \({cause}"):
             decode("x.png", blob, 3, SIZE)
+
+
+def test_one_folder_as_both_parts_is_said(tmp_path: Path) -> None:
+    tree(tmp_path, train=["0", "1", "2"])
+    (tmp_path / "test").symlink_to("train")
+    splits = data(folder(tmp_path)).load()
+    assert splits is not None
+    assert any("train and test are one folder" in note for note in splits.notes)
+    splits = own(tmp_path / "train", tmp_path / "test").load()
+    assert splits is not None
+    assert splits.notes[0].startswith("WARNING: data.clean and data.test are one folder")
+    splits = own(tmp_path / "train", None).load()
+    assert splits is not None
+    assert not splits.notes

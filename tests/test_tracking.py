@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import pickle
-import signal
 import socket
 import struct
 import time
@@ -289,6 +287,7 @@ def test_wandb_lost_in_the_midst_of_a_run_costs_no_result(
     wandb = pytest.importorskip("wandb")
     server = WandbServer()
     silent(monkeypatch, tmp_path, WANDB_BASE_URL=server.url, WANDB_API_KEY="a" * 40)
+    monkeypatch.setattr(trackers, "SECONDS", 1)
     monkeypatch.setattr(trackers, "LIMITS", trackers.LIMITS | {"finish_timeout": 1})
     wandb.teardown()
     folder = tmp_path / "partial"
@@ -300,15 +299,14 @@ def test_wandb_lost_in_the_midst_of_a_run_costs_no_result(
             if lost == "server":
                 server.lose()
             else:
-                service = wandb.setup().ensure_service()
-                os.kill(service._proc._process.pid, signal.SIGKILL)
+                wandb.setup().ensure_service()._proc._process.kill()
                 time.sleep(0.5)
             start = time.monotonic()
             logger.log_metrics({"student/distill": 0.4}, step=2)
             report(logger, METRICS, PICTURES)
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 30
     told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
-    assert len(told) == (lost == "process"), "wandb itself says that the server is lost"
+    assert len(told) == 1, told
     run(plain(compose_config("logger=wandb", "logger.offline=true")))
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == 1
     wandb.teardown()

@@ -98,7 +98,7 @@ def written(error: OSError) -> bool | None:
     """Whether the failed call was a write; None if unknown.
 
     The kernel's answer does not say, so what the innermost calls are called and the mode in which
-    they opened the file do.
+    they opened the file do, or else what is there: a file that is not would have been made.
     """
     if error.errno in WRITTEN:
         return True
@@ -111,4 +111,9 @@ def written(error: OSError) -> bool | None:
             return True
         if frame.f_code.co_name in READERS:
             return False
+    path = Path(path_of(error) or "?")
+    if error.errno == errno.ENOENT and path.parent.is_dir():
+        return False
+    if error.errno == errno.EACCES and os.access(path, os.R_OK):
+        return True
     return None

@@ -109,6 +109,11 @@ class OwnImages(Data):
                 raise DataError(f"{key}={folder}: expected a folder with one sub-folder per class")
         named = {f"{key}={folder}": folder for key, folder in given.items()}
         found, notes = labelled(named, classes=classes, listed=listed)
+        if len({folder.resolve() for folder in given.values()}) < len(given):
+            notes.append(
+                "WARNING: data.clean and data.test are one folder: the defense has seen the images "
+                "that it is measured on"
+            )
         none = torch.empty(0, dtype=torch.int64)
         empty = Resident(torch.empty((0, *self.spec.shape), dtype=torch.uint8), none)
         read, skipped = self._read(found)

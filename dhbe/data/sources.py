@@ -210,6 +210,8 @@ class Folder(Source):
             stream=stream,
             how=reading.pixels,
         )
+        if len({folder.resolve() for folder in folders.values()}) < len(self.parts):
+            notes.append("train and test are one folder, so that accuracies are those of training")
         images.notes = (*notes, *images.notes)
         return images
 

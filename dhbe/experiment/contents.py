@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dhbe.checkpoint.loading import UNWRITTEN
+from dhbe.core.durable import writing
 from dhbe.core.errors import ArtefactError
 from dhbe.experiment.folder import CELL, METRICS
 from dhbe.experiment.outcome import Outcome
@@ -41,7 +42,8 @@ def save_weights(
     if purified.unwritten:
         about[UNWRITTEN] = purified.unwritten
     kept = folder / "purified.safetensors"
-    save_file(weights, kept, metadata=about)
+    with writing(kept):
+        save_file(weights, kept, metadata=about)
     try:
         source.write_back(purified, folder)
     except ArtefactError as error:

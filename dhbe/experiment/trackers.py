@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -23,6 +24,7 @@ LIMITS = {
     "init_timeout": SECONDS,
     "login_timeout": SECONDS,
     "finish_timeout": 3 * SECONDS,
+    "finish_timeout_raises": True,
     "x_graphql_timeout_seconds": SECONDS,
     "x_graphql_retry_max": 1,
 }
@@ -86,17 +88,45 @@ class Untroubled(Logger):
         self.attempt(lambda: self.inner.finalize(status))
         if isinstance(self.inner, WandbLogger) and (entry := self.inner._experiment) is not None:
             told, self.broken = self.broken, False  # or the next run would go on with this entry
-            self.attempt(lambda: entry.finish(exit_code=int(status != "success")), quietly=told)
+            self.attempt(lambda: _finish(entry, int(status != "success")), quietly=told)
             if self.broken:
                 _leave_wandb()
 
 
+def _finish(entry: Any, status: int) -> None:
+    """End an entry of wandb; its own limit does not hold while files wait to be sent.
+
+    Raises:
+        Exception: it could not send everything in time, or for another reason.
+    """
+    failures: list[Exception] = []
+
+    def finish() -> None:
+        try:
+            entry.finish(exit_code=status)
+        except Exception as error:
+            failures.append(error)
+
+    waiting = Thread(target=finish, daemon=True)
+    waiting.start()
+    waiting.join(LIMITS["finish_timeout"] + SECONDS)
+    if waiting.is_alive():
+        raise DHBEError("not everything was sent in time; `wandb sync` sends it later")
+    if failures:
+        raise failures[0]
+
+
 def _leave_wandb() -> None:
-    """Let go of wandb's own process, which may be dead: the next run begins another one."""
+    """End wandb's own process, dead or busy with sending: the next run begins another one."""
     import wandb
 
     with suppress(Exception):
+        service = wandb.setup().ensure_service()._proc
+        if service is not None:
+            service._process.kill()
+    with suppress(Exception, SystemExit):  # it hands on how its process ended
         wandb.teardown()
+    wandb.run = None  # which Lightning would take for an entry in progress
 
 
 def wandb_settings() -> dict[str, Any]:

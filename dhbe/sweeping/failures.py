@@ -26,6 +26,8 @@ from dhbe.report.folder import finished
 PLANS = ".sweeps"
 """Folder inside a results folder: plans, and a note on each job that is being computed."""
 SUFFIX = ".failed.json"
+FRESH = ".new"
+"""End of the name of what a process has begun to write; its host and number stand before it."""
 log = logging.getLogger(__name__)
 
 
@@ -125,7 +127,11 @@ def announce_job(config: DictConfig, place: Path) -> None:
 
 
 def record_lost_jobs(results: Path) -> None:
-    """Turn the notes of killed processes into records of failure, where nothing newer is known."""
+    """Turn the notes of killed processes into records of failure, where nothing newer is known.
+
+    What they had begun to write goes.
+    """
+    _discard_begun(results)
     for file in (results / PLANS).glob("*.job"):
         with suppress(FileNotFoundError, BlockingIOError), file.open("r+") as found:
             fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while the process lives
@@ -140,6 +146,17 @@ def record_lost_jobs(results: Path) -> None:
                 if not complete(place, content.get("folder", "")) and not newer:
                     write_json(known, content)
             file.unlink()
+
+
+def _discard_begun(results: Path) -> None:
+    for folder in (results, results / PLANS):
+        for file in folder.glob(f"*.{socket.gethostname()}.*{FRESH}"):
+            number = file.name.removesuffix(FRESH).rpartition(".")[2]
+            with suppress(PermissionError, ValueError, OverflowError):  # it lives, or is no number
+                try:
+                    os.kill(int(number), 0)
+                except ProcessLookupError:
+                    file.unlink(missing_ok=True)
 
 
 def failure_record(error: Exception, config: DictConfig, place: Path) -> dict[str, Any]:
@@ -161,7 +178,7 @@ def failure_record(error: Exception, config: DictConfig, place: Path) -> dict[st
 
 def write_json(file: Path, content: Any) -> None:
     """JSON, in one step: a reader never sees half of it."""
-    fresh = file.with_name(f"{file.name}.{os.getpid()}.new")
+    fresh = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}{FRESH}")
     fresh.write_text(json.dumps(content, indent=1))
     replace(fresh, file)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dhbe.config.identity import fingerprint
 from dhbe.contracts.attack import Attack
-from dhbe.core.durable import replace
+from dhbe.core.durable import replace, writing
 from dhbe.core.errors import ArtefactError
 from dhbe.core.locks import exclusive
 from dhbe.models import Normalized
@@ -142,7 +142,8 @@ class VictimStore:
         for part, module in (("network", network), ("attack", attack)):
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
         weights = temporary / "victim.safetensors"
-        save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
+        with writing(weights):
+            save_file({k: v.cpu().clone() for k, v in tensors.items()}, weights)
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         about = {"recipe": recipe, "seconds": seconds, "curves": made.curves, "sha256": sha256}
         about |= {"work": made.work and asdict(made.work), "measured": made.measured}
