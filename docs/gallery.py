@@ -32,7 +32,7 @@ HEAD = f"""# Gallery of attacks
 Test images of the embedded CIFAR-10 subset: clean (top), triggered (middle), and {GAIN} times the
 difference around grey (bottom). PSNR and SSIM compare the first two rows. Triggers that are made
 together with a victim come from a small one on these data (`victim.epochs=8`). Options, recipes
-and what each attack reaches: [the attack zoo](attacks.md). `python docs/gallery.py` makes this page.
+and what each attack reaches: [the attack zoo](attacks.md).
 """
 
 Pair = tuple[np.ndarray, np.ndarray]
