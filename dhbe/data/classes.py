@@ -179,7 +179,7 @@ def labelled(
     every = range(max(numbers.values(), default=-1) + 1 if classes is None else classes)
     names_of = {number: name for name, number in numbers.items()}
     names_of |= dict(enumerate(listed or ()))
-    notes = []
+    notes: list[str] = []
     for part, files in found.items():
         notes += lacking(part, {label for _, label in files}, every, names_of)
         notes += _not_read(part, parts[part], [f for f, _ in held[part]])

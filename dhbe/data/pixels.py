@@ -88,7 +88,9 @@ def _refuse_misread(picture: Image.Image) -> None:
     """
     if SIGNED in np.atleast_1d(getattr(picture, "tag_v2", {}).get(SAMPLE_FORMAT, 1)):
         raise ValueError("signed integers, whose range is not known; save it with 8 or 16 bits")
-    if "transparency" in picture.info and any(";16" in str(part[3]) for part in picture.tile):
+    if "transparency" in picture.info and any(
+        ";16" in str(part[3]) for part in getattr(picture, "tile", ())
+    ):
         raise ValueError("16 bits and a transparent colour; save it with an alpha channel")
 
 
