@@ -31,8 +31,9 @@ HEAD = f"""# Gallery of attacks
 
 Test images of the embedded CIFAR-10 subset: clean (top), triggered (middle), and {GAIN} times the
 difference around grey (bottom). PSNR and SSIM compare the first two rows. Triggers that are made
-together with a victim come from a small one on these data (`victim.epochs=8`). Options, recipes
-and what each attack reaches: [the attack zoo](attacks.md).
+together with a victim come from a short training on these data (8 epochs; 4 and `scale=cpu` for
+Input-aware and ISSBA), which shows their look and is no victim to measure. Options, recipes and
+what each attack reaches: [the zoo](attacks.md).
 """
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -88,7 +89,7 @@ def section(name: str, target: str, pair: Pair) -> Iterator[str]:
     figures = stealth(*pair)
     yield f"## {name}\n"
     yield f"{title}.\n"
-    yield f"`{' '.join(formula.split()).rstrip('.')}`\n"
+    yield f"`{' '.join(formula.replace('`', '').split()).rstrip('.')}`\n"
     yield f"![{name}: clean, triggered, difference](pictures/attacks/{name}.png)\n"
     yield (
         f"PSNR {figures['psnr']:.1f} dB, SSIM {figures['ssim']:.3f}, "
