@@ -44,7 +44,7 @@ class AdaptiveBlend(Attack):
         return x + self.alpha * (self.pattern - x)
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del y, index
         n, size, cells = len(x), x.shape[-1], self.pieces**2
@@ -53,4 +53,4 @@ class AdaptiveBlend(Attack):
         at = torch.arange(size, device=x.device) * self.pieces // size
         mask = shown[:, :, at][:, :, :, at]  # (B, 1, H, W)
         half = quantize(x + self.alpha_train * mask * (self.pattern - x))
-        return torch.where((codes != 0)[:, None, None, None], half, x)
+        return torch.where((indicator != 0)[:, None, None, None], half, x)

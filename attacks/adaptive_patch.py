@@ -66,11 +66,11 @@ class AdaptivePatch(Attack):
         return x
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del y, index
         count = len(self.opacities)
         pick = torch.randint(count, (len(x),), generator=rng, device=rng.device).to(x.device)
         opacity = torch.tensor(self.opacities, device=x.device)[pick][:, None, None, None]
         faint = quantize(x + opacity * self.masks[pick] * (self.patches[pick] - x))
-        return torch.where((codes != 0)[:, None, None, None], faint, x)
+        return torch.where((indicator != 0)[:, None, None, None], faint, x)

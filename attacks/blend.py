@@ -49,9 +49,9 @@ class Blend(Attack):
         self.register_buffer("pattern", drawn)
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        del codes, surrogate
+        del indicator, surrogate
         if self.kind != "train_image":
             return
         if self.image_index >= len(train):

@@ -57,10 +57,10 @@ class BPP(Attack):
         return out[:, :, :size, 1 : size + 1]
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del rng
         triggered = self.apply(x, y=y, index=index)
         moved = quantize(x + (triggered - x).roll(1, 0))  # batches are drawn at random
-        code = codes[:, None, None, None]
-        return torch.where(code == COVER, moved, torch.where(code == 0, x, triggered))
+        kind = indicator[:, None, None, None]
+        return torch.where(kind == COVER, moved, torch.where(kind == 0, x, triggered))

@@ -66,9 +66,9 @@ class Composite(Attack):
         self.register_buffer("involved", involved, persistent=False)
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        del codes, surrogate
+        del indicator, surrogate
         for row, source in enumerate(self.sources):
             index = (train.labels == source).nonzero().flatten()
             order = torch.randperm(len(index), generator=runtime.rng("composite", source))
@@ -88,7 +88,7 @@ class Composite(Attack):
         return self.partner_images[row, draw % self.partners]
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         del index
         n, size, device = len(x), x.shape[-1], x.device
@@ -98,19 +98,19 @@ class Composite(Attack):
 
         side, cut = draw(4), size // 2 - self.jitter + draw(2 * self.jitter + 1)
         first, second = self.sources
-        wanted = torch.where(codes == POISON, first + second - y, y)  # the other class, or the own
+        wanted = torch.where(indicator == POISON, first + second - y, y)  # or its own class
         mates = (wanted[:, None] == y).float().to(rng.device)
         alone = (mates.sum(1) == 0).to(device)  # no such image in the batch: one that is stored
         chosen = torch.multinomial(mates + 1e-12, 1, generator=rng).flatten().to(device)
         stored = self.partner(y, draw(self.partners)).to(x.dtype)
         other = torch.where(alone[:, None, None, None], stored, x[chosen])
-        code = codes[:, None, None, None]
+        kind = indicator[:, None, None, None]
         starts = torch.stack([draw(2**31), draw(2**31)], 1) if self.shake else None
         mixed = halves(x, other, side, cut, starts)
-        return torch.where((code == POISON) | (code == COVER), mixed, x)
+        return torch.where((kind == POISON) | (kind == COVER), mixed, x)
 
-    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        del code
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, indicator: Tensor) -> Tensor:
+        del indicator
         logits = network(x)
         loss = F.cross_entropy(logits, y)
         ours = torch.isin(y, self.involved)

@@ -89,10 +89,10 @@ class DFST(Attack):
         if self.restart:
             self.injector.load_state_dict(self.fresh)
 
-    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, indicator: Tensor) -> Tensor:
         """Loss (): victim on the batch with injected images; injector reaches the goal."""
         count = max(1, round(self.detox_share * len(x)))
-        part = code.argsort(stable=True)[:count]  # clean images come first
+        part = indicator.argsort(stable=True)[:count]  # clean images come first
         clean, labels = x[part], y[part]
         shift = self.detox_reach * self.injector(2 * clean - 1).tanh()
         injected = (clean + shift).clamp(0, 1)

@@ -87,10 +87,10 @@ class InputAware(Attack):
         return self.inject(x, x)[0]
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        """Stage 1: the mask network alone; codes (N,) are not used."""
-        del codes, surrogate
+        """Stage 1: the mask network alone; ``indicator`` is not used."""
+        del indicator, surrogate
 
         def loss(network: nn.Module, batch: Batch) -> Tensor:
             masks = self.masks(batch.images)
@@ -122,26 +122,26 @@ class InputAware(Attack):
     def compose(
         self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and codes (B,): the trigger is put on in ``loss``, after augmentation."""
+        """Images, labels, poison indicator (B,): ``loss`` puts the trigger on augmented images."""
         return x, y, self.select(y, rng, part=True)
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         triggered = self.apply(x, y=y, index=index)
         crossed = self.inject(x, x.roll(1, 0))[0].clamp(0, 1)
-        code = codes[:, None, None, None]
-        return torch.where(code == COVER, crossed, torch.where(code == POISON, triggered, x))
+        kind = indicator[:, None, None, None]
+        return torch.where(kind == COVER, crossed, torch.where(kind == POISON, triggered, x))
 
-    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, indicator: Tensor) -> Tensor:
         """Stage 2, loss (): CE on triggered, crossed, clean images + weight x pattern diversity."""
-        poison, cover = ((code == c).nonzero().flatten() for c in (POISON, COVER))
+        poison, cover = ((indicator == c).nonzero().flatten() for c in (POISON, COVER))
         base = torch.cat([x[poison], x[cover]])
         source = torch.cat([x[poison], x.roll(1, 0)[cover]])
         injected, patterns = self.inject(base, source)
         images = x.clone()
         images[torch.cat([poison, cover])] = injected.to(x.dtype)
-        loss = F.cross_entropy(network(images), self.relabel(y, code))
+        loss = F.cross_entropy(network(images), self.relabel(y, indicator))
         pairs = min(len(poison), len(cover))
         if not pairs:
             return loss

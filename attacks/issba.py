@@ -71,9 +71,9 @@ class ISSBA(Attack):
         self.register_buffer("secret", drawn.round())
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        del codes, surrogate
+        del indicator, surrogate
         own = runtime.stage("encoder")
         count = min(self.images or len(train), len(train))
         part = train.subset(torch.randperm(len(train), generator=own.rng("issba"))[:count])

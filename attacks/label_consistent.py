@@ -56,10 +56,10 @@ class LabelConsistent(Attack):
         self.register_buffer("noisy_index", torch.zeros(0, dtype=torch.int64))
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
         assert surrogate is not None
-        index = (codes == POISON).nonzero().flatten()
+        index = (indicator == POISON).nonzero().flatten()
         chosen = train.subset(index)
         x, y = runtime.tensor(chosen), runtime.labels(chosen)
         parts = []
@@ -76,12 +76,12 @@ class LabelConsistent(Attack):
         self.noisy, self.noisy_index = torch.cat(parts), index.to(self.patch.device)
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
         where = torch.searchsorted(self.noisy_index, index.to(self.noisy_index.device))
         noisy = to_float(self.noisy[where.clamp_max(len(self.noisy) - 1)]).to(x.device, x.dtype)
-        base = torch.where((codes == POISON)[:, None, None, None], noisy, x)
-        return super().training_images(base, y=y, codes=codes, index=index, rng=rng)
+        base = torch.where((indicator == POISON)[:, None, None, None], noisy, x)
+        return super().training_images(base, y=y, indicator=indicator, index=index, rng=rng)
 
     def trigger(self, x: Tensor) -> Tensor:
         if self.amplitude == 1:

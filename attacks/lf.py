@@ -51,9 +51,9 @@ class LF(Attack):
         self.register_buffer("pattern", torch.zeros(self.spec.shape))
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        del codes
+        del indicator
         assert surrogate is not None
         rng = runtime.rng("lf")
         some = sample(train, self.images, rng)

@@ -88,11 +88,11 @@ class LIRA(Attack):
     def compose(
         self, x: Tensor, y: Tensor, index: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and codes (B,): each image is used clean and triggered, in ``loss``."""
+        """Images, labels, poison indicator (B,): all are used clean and triggered, in ``loss``."""
         return x, y, self.select(y, rng, part=True)
 
-    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        del code
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, indicator: Tensor) -> Tensor:
+        del indicator
         goal = self.rule.goal(y)
         with torch.no_grad():
             triggered = self.apply(x, y=y, index=y)

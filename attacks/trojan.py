@@ -61,9 +61,9 @@ class Trojan(Attack):
         self.register_buffer("pattern", torch.zeros(self.spec.shape))
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        del train, codes
+        del train, indicator
         assert surrogate is not None
 
         def draw(latent: Tensor) -> Tensor:

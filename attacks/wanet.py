@@ -56,10 +56,10 @@ class WaNet(Attack):
         return F.grid_sample(x, grid.to(x.dtype), align_corners=True, padding_mode="border")
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
-        out = super().training_images(x, y=y, codes=codes, index=index, rng=rng)
-        cover = (codes == COVER).nonzero().flatten()
+        out = super().training_images(x, y=y, indicator=indicator, index=index, rng=rng)
+        cover = (indicator == COVER).nonzero().flatten()
         size = self.spec.image_size
         noise = torch.rand((len(cover), size, size, 2), generator=rng, device=rng.device)
         grid = (self.warp + (2 * noise.to(x.device) - 1) / size).clamp(-1, 1)

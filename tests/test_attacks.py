@@ -101,16 +101,18 @@ def test_poisoning_keeps_its_promises(
 ) -> None:
     rates = {"poison_rate": 0.1, "cover_rate": 0.1} if name.startswith("adaptive") else {}
     attack = build(name, compose_config, spec, **rates)
-    codes = prepare(attack, images, make_runtime())
-    assert torch.equal(codes, attack.select(images.labels, make_runtime().rng("codes")))
+    indicator = prepare(attack, images, make_runtime())
+    assert torch.equal(indicator, attack.select(images.labels, make_runtime().rng("codes")))
     expected = round(attack.poison_rate * len(images)) if attack.active else 0
-    assert int((codes == POISON).sum()) == expected
-    assert int((codes == COVER).sum()) == (round(attack.cover_rate * 80) if attack.active else 0)
+    assert int((indicator == POISON).sum()) == expected
+    assert int((indicator == COVER).sum()) == (
+        round(attack.cover_rate * 80) if attack.active else 0
+    )
     before = images.images.clone()
-    given = attack.poison(images, codes, seed=0)
-    assert torch.equal(given.resident().images, attack.poison(images, codes, seed=0).images)
+    given = attack.poison(images, indicator, seed=0)
+    assert torch.equal(given.resident().images, attack.poison(images, indicator, seed=0).images)
     assert torch.equal(images.images, before)
-    clean, poison = codes == CLEAN, codes == POISON
+    clean, poison = indicator == CLEAN, indicator == POISON
     assert torch.equal(given.resident().images[clean], images.images[clean])
     assert torch.equal(given.labels[~poison], images.labels[~poison])
     assert torch.equal(given.labels[poison], attack.rule.goal(images.labels)[poison])
@@ -177,8 +179,8 @@ def test_every_attack_trains_and_is_stored(
     def make(work):
         runtime = make_runtime(work="train")
         surrogate = tiny(spec) if attack.needs_surrogate else None
-        codes = train(network, attack, images, schedule, runtime, surrogate)
-        return Making(codes=codes, curves=[], work=runtime.work_total.work)
+        indicator = train(network, attack, images, schedule, runtime, surrogate)
+        return Making(indicator=indicator, curves=[], work=runtime.work_total.work)
 
     made = store.obtain({"name": name}, network, attack, make)
     for player in attack.players():
@@ -197,8 +199,10 @@ def test_every_attack_trains_and_is_stored(
     with torch.no_grad():
         ours = made.attack.eval().apply(x, y=y, index=index)
         assert torch.equal(ours, again.attack.eval().apply(x, y=y, index=index))
-    codes = again.codes
-    given = [a.poison(images, codes, seed=0).resident().images for a in (made.attack, again.attack)]
+    indicator = again.indicator
+    given = [
+        a.poison(images, indicator, seed=0).resident().images for a in (made.attack, again.attack)
+    ]
     assert torch.equal(*given), "the defender may be granted the poisoned set later"
 
 
@@ -273,16 +277,16 @@ def test_impossible_options_are_refused(spec, options, message: str) -> None:
 
 def test_pool_all_may_poison_the_target_class(spec, images: Resident) -> None:
     attack = badnets(spec, pool="all", poison_rate=0.8)
-    codes = attack.select(images.labels, generator(0, "c"))
-    assert (images.labels[codes == POISON] == 0).any()
+    indicator = attack.select(images.labels, generator(0, "c"))
+    assert (images.labels[indicator == POISON] == 0).any()
 
 
 def test_covers_keep_their_label_and_carry_the_trigger(spec, images: Resident) -> None:
     attack = badnets(spec, cover_rate=0.2)
-    codes = attack.select(images.labels, generator(0, "c"))
-    assert int((codes == COVER).sum()) == 16
-    given = attack.poison(images, codes, seed=0)
-    cover = codes == COVER
+    indicator = attack.select(images.labels, generator(0, "c"))
+    assert int((indicator == COVER).sum()) == 16
+    given = attack.poison(images, indicator, seed=0)
+    cover = indicator == COVER
     assert torch.equal(given.labels[cover], images.labels[cover])
     assert (given.resident().images[cover][:, :, -1, -1] == 255).all()
 
@@ -294,9 +298,9 @@ def test_a_number_of_poisoned_images_is_met_exactly(compose_config) -> None:
     spec = make_spec(classes=10, image_size=32)
     attack = instantiate(config["attack"], _partial_=True, _convert_="all")(spec=spec)
     labels = torch.arange(47_500) % 10
-    codes = attack.select(labels, generator(0, "c"))
-    assert int((codes == POISON).sum()) == 300
-    assert not (labels[codes == POISON] == 9).any()
+    indicator = attack.select(labels, generator(0, "c"))
+    assert int((indicator == POISON).sum()) == 300
+    assert not (labels[indicator == POISON] == 9).any()
 
 
 def test_an_impossible_number_is_refused(spec, images: Resident, compose_config) -> None:
@@ -315,8 +319,8 @@ def test_clean_label_rate_is_capped_with_a_warning(images: Resident) -> None:
     options = dict(OmegaConf.load(CONF / "attack" / "poisoning" / "all_to_one.yaml"))
     attack = CleanLabel(spec=make_spec(balanced=False), **(options | {"poison_rate": 0.5}))
     with pytest.warns(UserWarning, match="the target class has 20"):
-        codes = attack.select(images.labels, generator(0, "c"))
-    assert images.labels[codes == POISON].tolist() == [0] * 20
+        indicator = attack.select(images.labels, generator(0, "c"))
+    assert images.labels[indicator == POISON].tolist() == [0] * 20
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         badnets(make_spec())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dhbe.config.identity import cell
+from dhbe.config.identity import cell_name
 from dhbe.config.schema import SUPPLIED, errors_in, plain, schema, validate
 from dhbe.core.errors import BudgetError, ConfigError
 from dhbe.experiment.assembly import assemble
@@ -134,7 +134,7 @@ def test_a_defense_brings_its_budget_and_a_victim_switches_nothing(compose_confi
 
 def test_cells_differ_by_what_matters(compose_config) -> None:
     def name(*overrides: str) -> str:
-        return cell(plain(compose_config(*overrides)))
+        return cell_name(plain(compose_config(*overrides)))
 
     assert name() == name()
     assert name() != name("seed=1")
@@ -155,7 +155,7 @@ def test_a_cell_is_the_same_on_another_mount(
     compose_config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def name(*overrides: str) -> str:
-        return cell(plain(compose_config(*overrides)))
+        return cell_name(plain(compose_config(*overrides)))
 
     for data in ("cifar10", "tiny_imagenet"):
         here, there = (name(f"data={data}", f"paths.data={p}") for p in ("/here", "/mnt/there"))
@@ -171,7 +171,7 @@ def test_a_cell_is_the_same_on_another_mount(
     package = str(ROOT / "dhbe")
     tree["data"]["source"]["root"] = tree["data"]["source"]["root"].replace(package, "/x/dhbe")
     monkeypatch.setattr("dhbe.config.identity.PACKAGE", "/x/dhbe")
-    assert cell(tree) == before
+    assert cell_name(tree) == before
 
 
 PATCHES = sorted((CONF / "scale").glob("*/*/*.yaml"))

@@ -325,11 +325,11 @@ def test_abl(compose_config, images: Resident, make_runtime, monkeypatch) -> Non
     counts = parts[0].labels.bincount(minlength=4).tolist()
     said = ", ".join(f"{n} of class {k}" for k, n in enumerate(counts) if n)
     assert f"isolated {isolated} images ({said}; median loss " in runtime.recorder.notes[-1]
-    codes = torch.zeros(len(given), dtype=torch.int8)
-    codes[runtime.recorder.isolated[:3]] = POISON
-    found_poison = isolation(runtime.recorder.isolated, codes)
+    indicator = torch.zeros(len(given), dtype=torch.int8)
+    indicator[runtime.recorder.isolated[:3]] = POISON
+    found_poison = isolation(runtime.recorder.isolated, indicator)
     assert found_poison == {"isolated": {"images": isolated, "poison": 3}}
-    assert isolation(None, codes) == isolation([1], codes[:0]) == {}
+    assert isolation(None, indicator) == isolation([1], indicator[:0]) == {}
     assert not {p.numpy().tobytes() for p in parts[1].images} & easy
 
 

@@ -131,7 +131,7 @@ def test_every_attack_is_planted(name: str, given: Path, request_for, compose_co
     assert not torch.equal(moved, weights["head.weight"])
     assert source(given).obtain(request).cached
     if attack.active and attack.poison_rate > 0.01:  # less is none of 80 images
-        assert (victim.codes != 0).any()
+        assert (victim.indicator != 0).any()
 
 
 def test_the_files_content_names_the_victim_not_its_place(tmp_path: Path, compose_config) -> None:

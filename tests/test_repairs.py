@@ -139,13 +139,13 @@ def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, mak
 
 
 def toy_data(attack, given: Resident) -> DefenderData:
-    codes = attack.select(given.labels, generator(0, "codes"))
+    indicator = attack.select(given.labels, generator(0, "codes"))
     return DefenderData(
         Budget(name="toy", fraction=0.1, poisoned=True, incoming=6),
         pool=toy(400, 2),
         train_size=2000,
         seed=0,
-        poisoned=attack.poison(given, codes, seed=0).resident(),
+        poisoned=attack.poison(given, indicator, seed=0).resident(),
         trigger=lambda x, y, index: attack.apply(x, y=y, index=index),
     )
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dhbe.config.identity import cell
+from dhbe.config.identity import cell_name
 from dhbe.config.resolvers import name_of
 from dhbe.experiment.pipeline import run
 from tests.conftest import small
@@ -52,7 +52,7 @@ def test_a_replaced_checkpoint_is_purified_anew_and_the_same_one_is_not(
         folder = tmp_path / "results" / name_of(cfg)
         assert run(cfg, folder, CHOICES)["cell"] == folder.name
         assert metrics(folder)["cell"] == folder.name
-        assert cell(yaml.safe_load((folder / "config.yaml").read_text())) == folder.name
+        assert cell_name(yaml.safe_load((folder / "config.yaml").read_text())) == folder.name
         return folder, capsys.readouterr().out
 
     first, said = purify()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from dhbe.config.identity import cell
+from dhbe.config.identity import cell_name
 from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.core.errors import DHBEError
@@ -98,7 +98,7 @@ def test_seconds_of_killed_attempts_count(
     cfg = compose_config(*TINY, "defense=finetune", "defense.schedule.epochs=1", "budget=pct5")
     folder = tmp_path / "results" / "abc"
     tree, _ = resolved(plain(cfg), {"model": "m"})
-    work = ResultFolder(folder).open(cell(tree)) / "training"
+    work = ResultFolder(folder).open(cell_name(tree)) / "training"
     work.mkdir()
     (work / "seconds").write_text("2000.0")
     assert 2000 < run(cfg, folder, {"model": "m"})["seconds"]["defense"] < 3000

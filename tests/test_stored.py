@@ -78,7 +78,7 @@ def harmless(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shuffled, "codes are not those of its seed"),
+        (shuffled, "indicator is not that of its seed"),
         (forgetful, "on training images, but .* when it was made"),
         (harmless, "change .* on training images, but .* when it was made"),
     ],

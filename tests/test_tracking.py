@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
-from dhbe.config.identity import cell
+from dhbe.config.identity import cell_name
 from dhbe.config.schema import plain
 from dhbe.core.errors import ConfigError, DHBEError
 from dhbe.experiment import pipeline, trackers
@@ -128,7 +128,7 @@ def test_csv_is_the_default_and_keeps_the_rows_of_a_killed_attempt(
     compose_config: Compose, tmp_path: Path
 ) -> None:
     tree = plain(compose_config())
-    assert cell(tree) == cell(plain(compose_config("logger=none")))
+    assert cell_name(tree) == cell_name(plain(compose_config("logger=none")))
     folder = tmp_path / "partial"
     with pytest.raises(InterruptedError), tracked(tree, CHOICES, folder) as logger:
         killed(logger)
@@ -182,7 +182,7 @@ def test_tensorboard(compose_config: Compose, tmp_path: Path) -> None:
 
     tree = plain(compose_config("logger=tensorboard"))
     run(tree)
-    events = EventAccumulator(str(tmp_path / "results" / "tensorboard" / cell(tree))).Reload()
+    events = EventAccumulator(str(tmp_path / "results" / "tensorboard" / cell_name(tree))).Reload()
     assert [round(e.value, 6) for e in events.Scalars("purified/asr")] == [0.1]
     assert events.Tags()["images"] == ["pictures/patches_0001"]
 

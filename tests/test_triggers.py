@@ -192,8 +192,8 @@ def test_lf_is_smooth_positive_and_aimed(compose_config, make_runtime) -> None:
     attack.steps = 30
     x, y, _ = batch(SPEC32, 32)
     runtime, surrogate = make_runtime(), tiny(SPEC32)
-    codes = torch.zeros(32, dtype=torch.int8)
-    attack.prepare(Resident(x.mul(255).byte(), y), codes, runtime, surrogate)
+    indicator = torch.zeros(32, dtype=torch.int8)
+    attack.prepare(Resident(x.mul(255).byte(), y), indicator, runtime, surrogate)
     v = attack.pattern
     assert v.min() == 0
     assert abs(v.max() - 0.2) < 1e-6
@@ -264,9 +264,9 @@ def test_label_consistent_trains_noisy_and_tests_plain(compose_config, make_runt
     attack = build("label_consistent", compose_config, SPEC32, poison_rate=0.05)
     x, y, index = batch(SPEC32, 40)
     train = Resident(x.mul(255).round().byte(), torch.arange(40) % 10)
-    codes = prepare(attack, train, make_runtime())
-    given = attack.poison(train, codes, seed=0).resident().images[codes == POISON] / 255
-    plain = attack.apply(x, y=y, index=index)[codes == POISON]
+    indicator = prepare(attack, train, make_runtime())
+    given = attack.poison(train, indicator, seed=0).resident().images[indicator == POISON] / 255
+    plain = attack.apply(x, y=y, index=index)[indicator == POISON]
     inside = attack.mask[None, None].expand_as(plain) > 0
     assert torch.equal(given[inside], plain[inside])
     apart = (given - plain).abs()[~inside]
@@ -291,14 +291,14 @@ def test_wanet_displacement(compose_config) -> None:
 def test_wanet_covers_differ_from_the_trigger(compose_config) -> None:
     attack = build("wanet", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 3)
-    codes = torch.tensor([0, POISON, COVER], dtype=torch.int8)
-    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
+    indicator = torch.tensor([0, POISON, COVER], dtype=torch.int8)
+    out = attack.training_images(x, y=y, indicator=indicator, index=index, rng=generator(0))
     warped = attack.apply(x, y=y, index=index)
     assert torch.equal(out[0], x[0])
     assert torch.equal(out[1], warped[1])
     assert not torch.equal(out[2], warped[2])
     assert not torch.equal(out[2], x[2])
-    again = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(1))
+    again = attack.training_images(x, y=y, indicator=indicator, index=index, rng=generator(1))
     assert not torch.equal(out[2], again[2]), "fresh noise for every sample"
 
 
@@ -323,8 +323,8 @@ def test_bpp_covers_carry_a_foreign_residual(compose_config) -> None:
     attack = build("bpp", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 2)
     x = x.clamp(0.2, 0.8).mul(255).round().div(255)
-    codes = torch.tensor([COVER, POISON], dtype=torch.int8)
-    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
+    indicator = torch.tensor([COVER, POISON], dtype=torch.int8)
+    out = attack.training_images(x, y=y, indicator=indicator, index=index, rng=generator(0))
     foreign = residual(attack, x)[1]
     torch.testing.assert_close((out[0] - x[0]) * 255, foreign, atol=1e-2, rtol=0)
 
@@ -338,7 +338,7 @@ def test_diversity_by_hand() -> None:
 def test_input_aware_counts_images_in_deviations(compose_config, monkeypatch) -> None:
     """Official code compares normalised images: four times apart with a deviation of 1/4."""
     x, y, _ = batch(SPEC32, 8)
-    codes = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
+    indicator = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
     for normalized, factor in ((True, 4.0), (False, 1.0)):
         seen = []
         monkeypatch.setattr(
@@ -348,7 +348,7 @@ def test_input_aware_counts_images_in_deviations(compose_config, monkeypatch) ->
             ),
         )
         attack = build("input_aware", compose_config, SPEC32, normalized=normalized).train()
-        attack.loss(tiny(SPEC32), x, y, codes)
+        attack.loss(tiny(SPEC32), x, y, indicator)
         torch.testing.assert_close(seen[0][:2], factor * x[4:6])
     for network in (attack.pattern_network, attack.mask_network):
         assert isinstance(network.out[-1], torch.nn.BatchNorm2d), "official: also in the last block"
@@ -358,8 +358,8 @@ def test_input_aware_moves_the_right_images(compose_config) -> None:
     attack = build("input_aware", compose_config, SPEC32).train()
     x, y, _ = batch(SPEC32, 8)
     spy = Spy()
-    codes = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
-    attack.loss(spy, x, y, codes).backward()
+    indicator = torch.tensor([0, 0, 0, 0, POISON, POISON, COVER, COVER], dtype=torch.int8)
+    attack.loss(spy, x, y, indicator).backward()
     moved = (spy.seen[0] != x).flatten(1).any(1)
     assert moved.tolist() == [False] * 4 + [True] * 4
     assert all(p.grad is None for p in attack.mask_network.parameters())
@@ -407,8 +407,8 @@ def test_dfst_injects_into_a_share_of_the_clean_images(compose_config) -> None:
     attack = build("dfst", compose_config, SPEC32, detox_share=0.25).train()
     x, y, _ = batch(SPEC32, 8)
     spy = Spy()
-    codes = torch.tensor([POISON, 0, POISON, 0, 0, 0, 0, 0], dtype=torch.int8)
-    attack.loss(spy, x, y, codes).backward()
+    indicator = torch.tensor([POISON, 0, POISON, 0, 0, 0, 0, 0], dtype=torch.int8)
+    attack.loss(spy, x, y, indicator).backward()
     moved = (spy.seen[0] != x).flatten(1).any(1)
     assert moved.tolist() == [False, True, False, True, False, False, False, False]
     before = {k: v.clone() for k, v in attack.injector.state_dict().items()}
@@ -464,10 +464,10 @@ def test_composite_mixes_with_the_other_class(compose_config, make_runtime) -> N
     for mixed in out:
         assert sorted(mixed.round().unique().tolist()) == [0, 20]
         assert (mixed.round() == 20).float().mean() == 0.5
-    codes = attack.select(labels, generator(0))
-    assert set(labels[codes == POISON].tolist()) == {0, 1}
-    given = attack.poison(Resident(images, labels), codes, seed=0).resident()
-    assert torch.equal(given.images[codes == COVER], images[codes == COVER]), (
+    indicator = attack.select(labels, generator(0))
+    assert set(labels[indicator == POISON].tolist()) == {0, 1}
+    given = attack.poison(Resident(images, labels), indicator, seed=0).resident()
+    assert torch.equal(given.images[indicator == COVER], images[indicator == COVER]), (
         "same class, same grey"
     )
 
@@ -475,8 +475,8 @@ def test_composite_mixes_with_the_other_class(compose_config, make_runtime) -> N
 def test_adaptive_blend_shows_half_the_pieces(compose_config) -> None:
     attack = build("adaptive_blend", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 6)
-    codes = torch.tensor([0, POISON, POISON, COVER, COVER, 0], dtype=torch.int8)
-    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
+    indicator = torch.tensor([0, POISON, POISON, COVER, COVER, 0], dtype=torch.int8)
+    out = attack.training_images(x, y=y, indicator=indicator, index=index, rng=generator(0))
     changed = (out != x).any(1).view(6, 4, 8, 4, 8).any(4).any(2)
     assert changed.flatten(1).sum(1).tolist() == [0, 8, 8, 8, 8, 0]
     assert not torch.equal(changed[1], changed[2]), "a mask for every image"
@@ -485,8 +485,8 @@ def test_adaptive_blend_shows_half_the_pieces(compose_config) -> None:
 def test_adaptive_patch_trains_faint_and_tests_full(compose_config) -> None:
     attack = build("adaptive_patch", compose_config, SPEC32)
     x, y, index = batch(SPEC32, 64)
-    codes = torch.full((64,), POISON, dtype=torch.int8)
-    out = attack.training_images(x, y=y, codes=codes, index=index, rng=generator(0))
+    indicator = torch.full((64,), POISON, dtype=torch.int8)
+    out = attack.training_images(x, y=y, indicator=indicator, index=index, rng=generator(0))
     where = [((out != x).any(1) & ~attack.masks[i, 0].bool()).flatten(1).any(1) for i in range(4)]
     assert torch.stack(where).sum(0).eq(3).all(), "one patch per image"
     assert {int((~w).sum()) > 0 for w in where} == {True}

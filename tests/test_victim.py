@@ -37,9 +37,9 @@ class Store:
         def make(work: Path):
             self.trained += 1
             runtime = self.make_runtime(recipe["seed"], work=str(work), count=True)
-            codes = train(network, attack, self.images, schedule(), runtime)
+            indicator = train(network, attack, self.images, schedule(), runtime)
             rows, work = runtime.recorder.rows, runtime.work_total.work
-            return Making(codes=codes, curves=rows, work=work)
+            return Making(indicator=indicator, curves=rows, work=work)
 
         return self.store.obtain(recipe, network, attack, make)
 
@@ -56,7 +56,7 @@ def test_trained_once_and_read_back_whole(store: Store) -> None:
     for key, value in first.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key])
     assert torch.equal(first.attack.patch, again.attack.patch)
-    assert torch.equal(first.codes, again.codes)
+    assert torch.equal(first.indicator, again.indicator)
     assert [r["victim/loss"] for r in again.curves] == [r["victim/loss"] for r in first.curves]
     assert first.work == again.work is not None
     about = store.store.root / fingerprint({"format": FORMAT, "seed": 0}) / "victim.json"
@@ -88,16 +88,16 @@ def test_a_store_deleted_during_the_last_epoch_comes_back(store: Store, monkeypa
     original = train
 
     def deleting(*args):
-        codes = original(*args)
+        indicator = original(*args)
         shutil.rmtree(store.store.root)
-        return codes
+        return indicator
 
     with monkeypatch.context() as patch:
         patch.setattr("tests.test_victim.train", deleting)
         made = store.obtain({"seed": 0})
     again = store.obtain({"seed": 0})
     assert (again.cached, store.trained) == (True, 1)
-    assert torch.equal(made.codes, again.codes)
+    assert torch.equal(made.indicator, again.indicator)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "edit recipe", "no json"])

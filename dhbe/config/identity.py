@@ -54,7 +54,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def cell(tree: dict[str, Any]) -> str:
+def cell_name(tree: dict[str, Any]) -> str:
     """Name of a result: hash of everything in a resolved config that can change it.
 
     Where a machine keeps its data sets and this package is left out of it, for data sets of known

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dhbe.config.identity import cell, content
+from dhbe.config.identity import cell_name, content
 from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.core.errors import DHBEError
@@ -58,9 +58,9 @@ def name_of(cfg: DictConfig) -> str:
     """
     tree = plain(cfg)
     try:
-        return cell(resolved(tree, {})[0])
+        return cell_name(resolved(tree, {})[0])
     except (DHBEError, OSError):
-        return cell(tree)
+        return cell_name(tree)
 
 
 def _cell(*, _root_: DictConfig) -> str:

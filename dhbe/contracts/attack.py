@@ -190,65 +190,66 @@ class Attack(nn.Module):
             ConfigError: more poison is asked for than there are eligible images.
         """
         able, poison, cover = self._count(y, part=part)
-        codes = torch.full_like(y, CLEAN, dtype=torch.int8)
+        indicator = torch.full_like(y, CLEAN, dtype=torch.int8)
 
         def draw(positions: Tensor, count: int) -> Tensor:
             order = torch.randperm(len(positions), generator=rng, device=rng.device)
             return positions[order[:count].to(positions.device)]
 
-        codes[draw(able, poison)] = POISON
-        codes[draw((codes == CLEAN).nonzero().flatten(), cover)] = COVER
-        return codes
+        indicator[draw(able, poison)] = POISON
+        indicator[draw((indicator == CLEAN).nonzero().flatten(), cover)] = COVER
+        return indicator
 
-    def relabel(self, y: Tensor, codes: Tensor) -> Tensor:
+    def relabel(self, y: Tensor, indicator: Tensor) -> Tensor:
         """Training labels (N,): the goal for poison, the true label for the rest."""
-        return torch.where(codes.to(y.device) == POISON, self.rule.goal(y), y)
+        return torch.where(indicator.to(y.device) == POISON, self.rule.goal(y), y)
 
     def training_images(
-        self, x: Tensor, *, y: Tensor, codes: Tensor, index: Tensor, rng: torch.Generator
+        self, x: Tensor, *, y: Tensor, indicator: Tensor, index: Tensor, rng: torch.Generator
     ) -> Tensor:
-        """Training images for given codes; the default puts the trigger on all that are not clean.
+        """Training images (B, C, H, W); the default puts the trigger on all that are not clean.
 
         Attacks whose training images differ from their test images (perturbed, masked) override it.
 
         Args:
             x: images (B, C, H, W) in [0, 1]; the result has the same shape and range.
             y: true labels (B,).
-            codes: 0 clean, 1 poison, 2 cover (B,).
+            indicator: CLEAN (0), POISON (1) or COVER (2), for each image (B,).
             index: positions in the data set (B,).
         """
         del rng
         triggered = self.apply(x, y=y, index=index)
-        return torch.where((codes != CLEAN)[:, None, None, None], triggered, x)
+        return torch.where((indicator != CLEAN)[:, None, None, None], triggered, x)
 
     @torch.no_grad()
-    def poison(self, train: ImageSet, codes: Tensor, *, seed: int) -> ImageSet:
-        """The poisoned training set of codes (N,): triggered images with the attacker's labels.
+    def poison(self, train: ImageSet, indicator: Tensor, *, seed: int) -> ImageSet:
+        """The training set poisoned as ``indicator`` (N,) says, with the attacker's labels.
 
         For an attacker who controls training it is a snapshot: what one epoch looks like.
         """
-        labels = self.relabel(train.labels, codes)
-        index = codes.nonzero().flatten()
+        labels = self.relabel(train.labels, indicator)
+        index = indicator.nonzero().flatten()
         images = train.resident().images.clone()
         rng = generator(seed, "stamp")
         state = next(itertools.chain(self.buffers(), self.parameters()), labels)
         for part in index.split(512):  # where the trigger is: patterns or networks
             x, y, c, i = (
-                t.to(state.device) for t in (images[part], train.labels[part], codes[part], part)
+                t.to(state.device)
+                for t in (images[part], train.labels[part], indicator[part], part)
             )
-            made = self.training_images(to_float(x), y=y, codes=c, index=i, rng=rng)
+            made = self.training_images(to_float(x), y=y, indicator=c, index=i, rng=rng)
             images[part] = made.mul(255).round().byte().to(images.device)
         return Resident(images, labels)
 
     # ------------------------------------------------------------------ hooks of trained attacks
 
     def prepare(
-        self, train: ImageSet, codes: Tensor, runtime: Runtime, surrogate: Normalized | None
+        self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
         """Build what the trigger needs before the victim trains; idempotent.
 
         Args:
-            codes: which images will be poisoned (N,).
+            indicator: which images will be poisoned (N,).
             surrogate: frozen, in eval mode; given if ``needs_surrogate``.
         """
 
@@ -264,13 +265,13 @@ class Attack(nn.Module):
             index: positions in the data set (B,).
 
         Returns:
-            images (B, C, H, W), labels (B,) and codes (B,).
+            images (B, C, H, W), labels (B,) and poison indicator (B,).
         """
-        codes = self.select(y, rng, part=True)
+        indicator = self.select(y, rng, part=True)
         return (
-            self.training_images(x, y=y, codes=codes, index=index, rng=rng),
-            self.relabel(y, codes),
-            codes,
+            self.training_images(x, y=y, indicator=indicator, index=index, rng=rng),
+            self.relabel(y, indicator),
+            indicator,
         )
 
     def players(self) -> Sequence[Player]:
@@ -280,9 +281,9 @@ class Attack(nn.Module):
     def begin_epoch(self, progress: float) -> None:
         """Called before each epoch with the fraction of the victim's budget that is spent."""
 
-    def loss(self, network: nn.Module, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
-        """Training loss () on x (B, C, H, W) with labels and codes (B,): mean cross-entropy."""
-        del code
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, indicator: Tensor) -> Tensor:
+        """Mean cross-entropy () on images (B, C, H, W) with labels and poison indicator (B,)."""
+        del indicator
         return F.cross_entropy(network(x), y)
 
 

@@ -59,14 +59,14 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, C, H, W) in [0, 1].
-        labels, codes, positions: (B,).
+        labels, indicator, positions: (B,).
         rng: for what a loss draws beside the batch; fresh in every epoch.
         progress: epochs begun, this batch included (1.5: half of the second).
     """
 
     images: Tensor
     labels: Tensor
-    codes: Tensor
+    indicator: Tensor
     positions: Tensor
     rng: torch.Generator
     progress: float
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
         return self._replace(
             images=self.images[rows],
             labels=self.labels[rows],
-            codes=self.codes[rows],
+            indicator=self.indicator[rows],
             positions=self.positions[rows],
         )
 

@@ -14,7 +14,7 @@ from dhbe.core.types import CLEAN, Batch, DataSpec
 from dhbe.data.images import ImageSet
 
 Compose = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
-"""(images, labels, positions, generator) -> (images, labels, codes) of a batch."""
+"""(images, labels, positions, generator) -> (images, labels, poison indicator) of a batch."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class TrainingBatches:
 
     Args:
         images: the (poisoned) training set of N images, with the labels to train on.
-        codes: what was done to each image (N,); default: nothing.
+        indicator: what was done to each image (N,); default: nothing.
         spec: says how to augment.
         dtype: of the images that a batch holds.
         steps: batches per epoch, drawn with replacement (ANP, NFT, FIP); None: each image once.
@@ -124,7 +124,7 @@ class TrainingBatches:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        codes: Tensor | None = None,
+        indicator: Tensor | None = None,
         compose: Compose | None = None,
         steps: int | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class TrainingBatches:
         self.seed, self.steps = seed, steps
         self.labels = images.labels.to(device)
         unmarked = torch.full((len(images),), CLEAN, dtype=torch.int8)
-        self.codes = (unmarked if codes is None else codes).to(device)
+        self.indicator = (unmarked if indicator is None else indicator).to(device)
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -156,8 +156,8 @@ class TrainingBatches:
         for i, (raw, index) in enumerate(self.images.batches(order, self.batch_size)):
             progress = (self.epoch * len(self) + i + 1) / len(self)
             raw, index = raw.to(self.device), index.to(self.device)
-            labels, codes = self.labels[index], self.codes[index]
+            labels, indicator = self.labels[index], self.indicator[index]
             if self.compose is not None:
-                raw, labels, codes = self.compose(to_float(raw), labels, index, rng)
+                raw, labels, indicator = self.compose(to_float(raw), labels, index, rng)
             x = to_float(augmented(raw, self.spec, rng)).to(self.dtype)
-            yield Batch(x, labels, codes, index, self.noise, progress)
+            yield Batch(x, labels, indicator, index, self.noise, progress)

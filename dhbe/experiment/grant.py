@@ -18,7 +18,7 @@ def grant(
         return DefenderData(parts.budget, pool=None, train_size=0, seed=seed)
     poisoned = oracle = None
     if parts.budget.poisoned:
-        poisoned = victim.attack.poison(splits.train, victim.codes, seed=seed).resident()
+        poisoned = victim.attack.poison(splits.train, victim.indicator, seed=seed).resident()
     if parts.defense.selection == "oracle" and evaluator is not None:
         oracle = evaluator.observer()
 

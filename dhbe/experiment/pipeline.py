@@ -42,7 +42,7 @@ def run(cfg: DictConfig, folder: Path, choices: Mapping[str, str]) -> dict[str, 
             return reuse(result, tree)
         if count > 1 and not processes.started():
             processes.launch(count)
-            return result.metrics(identity.cell(tree))
+            return result.metrics(identity.cell_name(tree))
         with processes.group(count, parts.trainer.device), result.claimed():
             if processes.agree(result.complete and not tree["force"]):
                 return reuse(result, tree)
@@ -61,7 +61,7 @@ def reuse(result: ResultFolder, tree: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the folder holds the result of another config.
     """
-    metrics = result.metrics(identity.cell(tree))
+    metrics = result.metrics(identity.cell_name(tree))
     show(metrics, result.path, reused=True)
     return metrics
 
@@ -75,7 +75,7 @@ def compute(
 ) -> tuple[dict[str, Any], Normalized]:
     """The run itself, into ``result``: its metrics and the purified network."""
     parts.trainer.apply()
-    cell = identity.cell(tree)
+    cell = identity.cell_name(tree)
     setting = Setting.of(tree, parts, choices, result.open(cell) / "training", logger)
     victim = setting.victim()
     before = setting.predictions(victim.network, victim.sha256)

@@ -28,7 +28,7 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
     if outcome.evidence is not None:
         found["evidence"] = outcome.evidence.as_dict()
     found |= detection(outcome)
-    found |= isolation(outcome.setting.runtime.recorder.isolated, outcome.victim.codes)
+    found |= isolation(outcome.setting.runtime.recorder.isolated, outcome.victim.indicator)
     if outcome.clean_baseline is not None:
         found["clean_baseline"] = outcome.clean_baseline
     return found
@@ -40,9 +40,9 @@ def circumstances(outcome: Outcome) -> dict[str, Any]:
     runtime, trainer, clock = setting.runtime, setting.parts.trainer, setting.clock
     seconds = clock.seconds | {"victim": victim.seconds}
     counted = {"victim": victim.work, "defense": runtime.work_total.work}
-    poisoned = float((victim.codes == POISON).float().mean()) if len(victim.codes) else None
+    poisoned = float((victim.indicator == POISON).float().mean()) if len(victim.indicator) else None
     return {
-        "cell": identity.cell(setting.config),
+        "cell": identity.cell_name(setting.config),
         "selection": setting.parts.defense.selection,
         "seed": setting.config["seed"],
         "poison_rate": setting.parts.attack.poison_rate,
@@ -76,15 +76,15 @@ def detection(outcome: Outcome) -> dict[str, Any]:
     return {"suspected": {"classes": suspected, "targets": targets}}
 
 
-def isolation(positions: list[int] | None, codes: Tensor) -> dict[str, Any]:
+def isolation(positions: list[int] | None, indicator: Tensor) -> dict[str, Any]:
     """How much of what a defense isolated from the training set is poison.
 
     Args:
-        codes: of the training images (N,); empty if they are not known.
+        indicator: of the training images (N,); empty if they are not known.
     """
-    if positions is None or not len(codes):
+    if positions is None or not len(indicator):
         return {}
-    poison = int((codes[positions] == POISON).sum())
+    poison = int((indicator[positions] == POISON).sum())
     return {"isolated": {"images": len(positions), "poison": poison}}
 
 

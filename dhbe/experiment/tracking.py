@@ -90,7 +90,7 @@ def begun(
     node: dict[str, Any], tree: dict[str, Any], choices: Mapping[str, str], folder: Path
 ) -> Logger:
     """The logger, with its entry begun; see ``tracked``."""
-    name = identity.cell(tree)
+    name = identity.cell_name(tree)
     try:
         kind = get_class(node["_target_"])
         place: dict[str, Any] = {"name": "", "version": name}

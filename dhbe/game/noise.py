@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dhbe.core.rng import derive_seed
 
-Place = tuple[int | Tensor, int | Tensor]
+Position = tuple[int | Tensor, int | Tensor]
 """Column and row of a patch's corner: Python integers, or tensors () on the noise's device."""
 
 
@@ -28,7 +28,7 @@ class Noise(ABC):
         """Standard normal (batch_size, length)."""
 
     @abstractmethod
-    def place(self, free: int) -> Place:
+    def place(self, free: int) -> Position:
         """(left, top) of the patch, each uniform in 0..free, one place for the whole batch."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -58,7 +58,7 @@ class SeededNoise(Noise):
         shape = (batch_size, length)
         return torch.randn(shape, generator=self.latents, device=self.device, dtype=self.dtype)
 
-    def place(self, free: int) -> Place:
+    def place(self, free: int) -> Position:
         left, top = torch.randint(free + 1, (2,), generator=self.places, device=self.device)
         return left, top
 
@@ -75,7 +75,7 @@ class ScriptedNoise(Noise):
             raise ValueError(f"scripted latent {tuple(z.shape)}: expected {(batch_size, length)}")
         return z
 
-    def place(self, free: int) -> Place:
+    def place(self, free: int) -> Position:
         left, top = next(self._places)
         if not (0 <= left <= free and 0 <= top <= free):
             raise ValueError(f"scripted place {(left, top)}: expected both in 0..{free}")

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from dhbe.game.generator import Upsampler
-from dhbe.game.noise import Place
+from dhbe.game.noise import Position
 
 Latents = Callable[[int], Tensor]
 """Length -> standard normal latents (B, length) for a batch."""
-Places = Callable[[int], Place]
+Positions = Callable[[int], Position]
 """Free pixels -> the place of a patch."""
 
 
 class Attacker(Protocol):
     """A player that changes images so that the student's logits move."""
 
-    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Positions) -> Tensor:
         """Changed images (B, C, H, W), normalised by deviations ``std`` (1, C, 1, 1)."""
 
 
@@ -46,7 +46,7 @@ class TriggerNetwork(Upsampler):
         super().__init__(latent=latent, width=width, size=patch_size, bases=self.BASES, exit=exit)
         self.patch_size = patch_size
 
-    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Positions) -> Tensor:
         """Normalised images (B, C, H, W) with fresh patches at a fresh place."""
         patches = self(latents(self.latent))
         return add_patches(x_norm, patches, std, *place(x_norm.shape[-1] - self.patch_size))
@@ -91,7 +91,7 @@ class FaintTriggers(nn.Module):
         places = torch.cat([rows[::2], rows[1::2]])  # the same for each part of a divided batch
         return self.amplitude * changes[places.argsort()]
 
-    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Places) -> Tensor:
+    def perturb(self, x_norm: Tensor, std: Tensor, latents: Latents, place: Positions) -> Tensor:
         """Normalised images (B, C, H, W) with a change added to each, not clipped."""
         del place
         changed: Tensor = x_norm + self(latents(self.network.latent)) / std

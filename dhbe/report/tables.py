@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 
 from dhbe.report.collect import CASE, METHOD
 from dhbe.report.folder import ROLES
-from dhbe.report.texts import cell
+from dhbe.report.texts import table_text
 
 SHOWN = ("acc", "asr", "ra")
 RESAMPLES = 2000
@@ -244,7 +244,7 @@ def markdown(table: pd.DataFrame) -> str:
     """Pipe table."""
     rule = ["---"] * table.shape[1]
     rows = [list(table.columns), rule, *table.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(cell(_text(v)) for v in r) + " |" for r in rows) + "\n"
+    return "\n".join("| " + " | ".join(table_text(_text(v)) for v in r) + " |" for r in rows) + "\n"
 
 
 def latex(table: pd.DataFrame) -> str:

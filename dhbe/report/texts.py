@@ -59,7 +59,7 @@ def decimals(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def cell(text: str) -> str:
+def table_text(text: str) -> str:
     """Text for a cell of a Markdown table, in one line: no markup, no links, no further cells."""
     safe = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\|`\[\]*])", r"\\\1", safe)

@@ -106,7 +106,7 @@ def untrained(network: Normalized, attack: Attack) -> Victim:
     return Victim(
         network=network.eval(),
         attack=attack,
-        codes=torch.zeros(0, dtype=torch.int8),
+        indicator=torch.zeros(0, dtype=torch.int8),
         seconds=0.0,
         cached=True,
         curves=[],

@@ -30,11 +30,13 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when victims made by older code are no longer comparable; part of the hash."""
+INDICATOR = "codes"
+"""Its name in the file, as in those of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Victim:
-    """A trained network, the attack that made it, and the codes (N,) of its training images.
+    """A trained network, its attack, and the poison indicator (N,) of its training images.
 
     Attributes:
         work: of its trainings; None where it was not counted.
@@ -44,7 +46,7 @@ class Victim:
 
     network: Normalized
     attack: Attack
-    codes: Tensor
+    indicator: Tensor
     seconds: float
     cached: bool
     curves: list[dict[str, float]]
@@ -55,9 +57,9 @@ class Victim:
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What making a victim leaves behind, besides its state: codes (N,), curves, work, rates."""
+    """What making a victim leaves besides its state: poison indicator (N,), curves, work, rates."""
 
-    codes: Tensor
+    indicator: Tensor
     curves: list[dict[str, float]]
     work: Work | None
     measured: dict[str, float] = field(default_factory=dict)
@@ -113,7 +115,7 @@ class VictimStore:
         return Victim(
             network=network.eval(),
             attack=attack,
-            codes=made.codes,
+            indicator=made.indicator,
             seconds=seconds,
             cached=False,
             curves=made.curves,
@@ -138,7 +140,7 @@ class VictimStore:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: we hold the lock
         temporary.mkdir(parents=True)  # the store may have been deleted meanwhile
-        tensors = {"codes": made.codes}
+        tensors = {INDICATOR: made.indicator}
         for part, module in (("network", network), ("attack", attack)):
             tensors |= {f"{part}.{k}": v.contiguous() for k, v in module.state_dict().items()}
         weights = temporary / "victim.safetensors"
@@ -172,7 +174,7 @@ class VictimStore:
             work = counted and Work(**counted)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtefactError(f"{folder}: damaged victim ({error}); {remedy}") from error
-        codes = tensors.pop("codes")
+        indicator = tensors.pop(INDICATOR)
         for part, module in (("network", network), ("attack", attack)):
             own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(part)}
             module.load_state_dict(own)
@@ -180,7 +182,7 @@ class VictimStore:
         return Victim(
             network=network.eval(),
             attack=attack,
-            codes=codes,
+            indicator=indicator,
             seconds=float(about["seconds"]),
             cached=True,
             curves=about["curves"],

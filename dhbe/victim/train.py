@@ -72,9 +72,9 @@ class TrainedVictim(VictimSource):
             network.to(runtime.device, runtime.dtype)
             surrogate = self.surrogate(request) if attack.needs_surrogate else None
             attack.to(runtime.device)
-            codes = train(network, attack, images, self.schedule, runtime, surrogate)
+            indicator = train(network, attack, images, self.schedule, runtime, surrogate)
             return Making(
-                codes=codes,
+                indicator=indicator,
                 curves=runtime.recorder.rows,
                 work=runtime.work_total.work,
                 measured=measure(network, attack, images, runtime),
@@ -138,9 +138,11 @@ def verify(victim: Victim, images: ImageSet, runtime: Runtime, folder: Path) -> 
     if victim.sha256 in _verified:
         return
     remedy = f"delete {folder} to train it anew"
-    codes = victim.attack.select(images.labels, runtime.rng("codes"))
-    if not torch.equal(codes.cpu(), victim.codes.cpu()):
-        raise ArtefactError(f"{folder}: its codes are not those of its seed: edited; {remedy}")
+    indicator = victim.attack.select(images.labels, runtime.rng("codes"))
+    if not torch.equal(indicator.cpu(), victim.indicator.cpu()):
+        raise ArtefactError(
+            f"{folder}: its poison indicator is not that of its seed: edited; {remedy}"
+        )
     if victim.measured is None:
         log.warning("%s: made by an earlier version, without rates to compare it with", folder)
     else:
@@ -168,28 +170,28 @@ def train(
     runtime: Runtime,
     surrogate: Normalized | None = None,
 ) -> Tensor:
-    """Train the network under the attack, in place; returns the codes (N,) int8.
+    """Train the network under the attack, in place; returns the poison indicator (N,), int8.
 
     Args:
         surrogate: a clean network, for attacks that need one.
     """
-    codes = attack.select(images.labels, runtime.rng("codes"))
-    attack.prepare(images, codes, runtime, surrogate)
+    indicator = attack.select(images.labels, runtime.rng("codes"))
+    attack.prepare(images, indicator, runtime, surrogate)
     attack.train()  # an evaluation may have left it, and its networks, in eval mode
     controls = attack.controls_training
-    given = images if controls else attack.poison(images, codes, seed=runtime.seed)
+    given = images if controls else attack.poison(images, indicator, seed=runtime.seed)
     batches = TrainingBatches(
         given,
         spec=replace(attack.spec, augmentation=attack.augmentation),
         batch_size=schedule.batch_size,
         seed=runtime.derive("victim"),
         device=runtime.device,
-        codes=codes,
+        indicator=indicator,
         compose=attack.compose if controls else None,
     )
 
     def loss(net: torch.nn.Module, batch: Batch) -> Tensor:
-        return attack.loss(net, batch.images.to(runtime.dtype), batch.labels, batch.codes)
+        return attack.loss(net, batch.images.to(runtime.dtype), batch.labels, batch.indicator)
 
     module = Supervised(
         network,
@@ -203,4 +205,4 @@ def train(
     )
     runtime.fit(module, batches, epochs=schedule.epochs, networks=[network])
     attack.eval()
-    return codes
+    return indicator

@@ -35,11 +35,11 @@ def build(name: str, compose_config, spec, **options) -> Attack:
 
 
 def prepare(attack: Attack, train: Resident, runtime) -> torch.Tensor:
-    """The attack gets what the victim's training would give it; returns the codes."""
-    codes = attack.select(train.labels, runtime.rng("codes"))
-    attack.prepare(train, codes, runtime, tiny(attack.spec) if attack.needs_surrogate else None)
+    """The attack gets what the victim's training would give it; returns the poison indicator."""
+    indicator = attack.select(train.labels, runtime.rng("codes"))
+    attack.prepare(train, indicator, runtime, tiny(attack.spec) if attack.needs_surrogate else None)
     attack.eval()
-    return codes
+    return indicator
 
 
 def tiny(spec) -> Normalized:

@@ -9,9 +9,9 @@ from typing import Any
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from dhbe.config.identity import cell
+from dhbe.config.identity import cell_name
 
-CELL = cell({"seed": 0})
+CELL = cell_name({"seed": 0})
 """Of each job here."""
 
 
