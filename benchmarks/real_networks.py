@@ -109,13 +109,15 @@ VICTIMS = {
     "badnets": Victim(grid(28, 28), 0, "resnet20-badnets.pt"),
     "blend": Victim(blend(seed=5), 0, "resnet20-blend.pt"),
     "sig": Victim(sig, 0),
+    "square": Victim(square(22, 3, size=8, seed=12), 7, seed=2),
     "wanet": Victim(warp(seed=0), 0, cover=True),
+    "r_badnets": Victim(grid(3, 2), 6, seed=4),
     "r_square": Victim(square(2, 20, size=8, seed=11), 3, seed=1),
     "r_blend": Victim(blend(seed=21, side=8), 4, seed=3),
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),
     "clean": Victim(None, -1, BASE),
 }
-"""The first three chose the setting; the others are for the report."""
+"""The first four chose the setting; the others are for the report."""
 
 
 def images(part: str) -> tuple[Tensor, Tensor]:

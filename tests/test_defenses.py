@@ -65,7 +65,7 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
         runtime = make_runtime(work=work)
         results.append(defense(victim, data, runtime))
     said = " ".join(runtime.recorder.notes)
-    detects = name.startswith(("neural_cleanse", "cetf", "ulrl"))
+    detects = name.startswith(("neural_cleanse", "cetf", "ulrl", "scan_unlearn"))
     assert (runtime.recorder.suspected is not None) == detects
     for key, value in victim.network.state_dict().items():
         assert torch.equal(value, before[key]), f"the suspect's {key} changed"
@@ -130,7 +130,7 @@ def test_every_method_takes_every_kind_of_network(
     purified = defense(victim, rich(images), make_runtime())
     x = torch.rand(3, *spec.shape)
     changed = not torch.equal(purified(x), network(x))
-    may_stay = name in ("none", "clp", "anp", "rnp", "cetf", "neural_cleanse")
+    may_stay = name in ("none", "clp", "anp", "rnp", "cetf", "neural_cleanse", "scan_unlearn")
     assert changed or may_stay, "these may find nothing to prune or no trigger"
 
 

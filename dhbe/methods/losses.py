@@ -40,6 +40,11 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().mean()
 
 
+def neighbour_l1(x: Tensor) -> Tensor:
+    """Mean absolute differences of vertical and of horizontal neighbours (B, C, H, W), summed."""
+    return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
+
+
 def total_variation_squared(x: Tensor) -> Tensor:
     """Squared differences of vertical and horizontal neighbours, mean over x (B, C, H, W)."""
     down, right = x.diff(dim=2).square().sum(), x.diff(dim=3).square().sum()

@@ -1,0 +1,157 @@
+"""Find the target class on imagined images and unlearn its triggers alone. Ours, data-free."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt, MinLen
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhbe.contracts.defense import Defense
+from dhbe.core.errors import got
+from dhbe.core.types import Batch, DataSpec
+from dhbe.data import DefenderData, Resident
+from dhbe.game.imagined import Imagination
+from dhbe.methods.inversion import Faint, Kind, Mixture, Patch, Search, outstanding
+from dhbe.methods.losses import disagreement
+from dhbe.methods.procedural import procedural
+from dhbe.models import Normalized
+from dhbe.training.runtime import Runtime
+from dhbe.training.schedule import AdamSchedule
+
+
+class ScanUnlearn(Defense):
+    """Scan, then a game against triggers of one class and one family; BatchNorm stays frozen.
+
+    Imagine images of every class; for each class and kind of trigger seek one that makes those of
+    all other classes this class. If the evidence of one (``outstanding`` margin) reaches
+    ``threshold``, the student S, a copy of the suspect T, minimises L1(S(x), T(x)) +
+    w L1(S(x'), T(x)), where x' carries triggers of that class and family, which climb the second
+    term as it learns. Else the suspect is returned as it is.
+
+    Why one class: robustness to every trigger of every class costs accuracy that the backdoor does
+    not. Why frozen: with batch statistics the trigger survived (docs/results/real_networks.md).
+
+    Args:
+        patches: sides of the patches, in pixels.
+        faint: the largest change of a pixel by a faint trigger of free pixels, of [0, 1].
+        smooth: by one of a quarter of the image's side, interpolated.
+        copies: triggers per kind that are unlearnt together.
+        head_start: steps that these climb before the student's first one.
+        pace: their step, as a share of the range of values.
+        weight: w.
+    """
+
+    def __init__(
+        self,
+        *,
+        imagination: Imagination,
+        search: Search,
+        patches: Annotated[list[Annotated[int, Ge(1)]], MinLen(1)],
+        faint: Annotated[float, Gt(0)],
+        smooth: Annotated[float, Gt(0)],
+        threshold: Annotated[float, Gt(0)],
+        copies: Annotated[int, Ge(1)],
+        head_start: Annotated[int, Ge(0)],
+        pace: Annotated[float, Gt(0)],
+        weight: Annotated[float, Ge(0)],
+        schedule: AdamSchedule,
+    ) -> None:
+        self.imagination, self.search = imagination, search
+        self.patches, self.faint, self.smooth = patches, faint, smooth
+        self.threshold, self.copies, self.head_start = threshold, copies, head_start
+        self.pace, self.weight, self.schedule = pace, weight, schedule
+
+    def fits(self, spec: DataSpec) -> None:
+        if max(self.patches) > spec.image_size:
+            allowed = f"at most data.image_size={spec.image_size} each"
+            raise got("defense.patches", self.patches, allowed)
+
+    def families(self, spec: DataSpec) -> dict[str, list[Kind]]:
+        """Kinds of triggers that are sought and unlearnt together."""
+        size = spec.image_size
+        return {
+            "patch": [Patch(side=side) for side in self.patches],
+            "faint": [
+                Faint(side=size, amplitude=self.faint),
+                Faint(side=max(1, size // 4), amplitude=self.smooth),
+            ],
+        }
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        del data  # no image at all is looked at
+        network.requires_grad_(False)
+        x, y = self.imagination.images(network, runtime)
+        runtime.recorder.picture("imagined", x[:100])
+        target, family = self.scan(network, x, y, runtime)
+        if target is not None:
+            self.unlearn(network, x, y, target, self.families(network.spec)[family], runtime)
+        return network
+
+    def scan(
+        self, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime
+    ) -> tuple[int | None, str]:
+        """The suspicious class, if there is one, and the family of the strongest evidence."""
+        found, shown = [], []
+        for family, kinds in self.families(network.spec).items():
+            for kind in kinds:
+                values, reached = self.search(network, x, y, kind, network.spec.classes, runtime)
+                evidence, best = (float(v) for v in outstanding(reached).max(dim=0))
+                found.append((evidence, int(best), family))
+                strongest = kind.shown(values[[int(best)]])
+                shown.append(F.interpolate(strongest, x.shape[-2:]))
+        runtime.recorder.picture("triggers_found", torch.cat(shown))
+        evidence, target, family = max(found)
+        flagged = [target] if evidence >= self.threshold else []
+        each = ", ".join(f"{f} {t}: {e:.1f}" for e, t, f in found)
+        runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
+        return (target if flagged else None), family
+
+    def unlearn(
+        self,
+        network: Normalized,
+        x: Tensor,
+        y: Tensor,
+        target: int,
+        kinds: list[Kind],
+        runtime: Runtime,
+    ) -> None:
+        """The student, in place, forgets triggers of ``target`` and keeps all else."""
+        teacher, spec = copy.deepcopy(network), network.spec
+        rng = runtime.rng("unlearn")
+        triggers = Mixture(kinds, self.copies, spec.channels, rng, x)
+        plain = procedural(self.imagination.count, spec.channels, spec.image_size, rng)
+        given = torch.cat([x[y != target], plain.to(x)])  # those of the target hold its trigger
+        images = Resident(given.mul(255).round().byte(), torch.zeros(len(given), dtype=torch.long))
+
+        def climb() -> None:
+            triggers.climb(self.pace)
+
+        for _ in range(self.head_start):
+            drawn = torch.randint(len(given), (self.schedule.batch_size,), generator=rng)
+            with runtime.autocast():
+                logits = network(triggers(given[drawn.to(x.device)], rng)).float()
+            logits.log_softmax(dim=1)[:, target].sum().backward()
+            climb()
+
+        def loss(student: nn.Module, batch: Batch) -> Tensor:
+            x = batch.images
+            with torch.no_grad():
+                wanted = teacher(x)
+            copied, moved = student(torch.cat([x, triggers(x, batch.rng)])).chunk(2)
+            return disagreement(copied, wanted) + self.weight * disagreement(moved, wanted)
+
+        network.requires_grad_(True)
+        runtime.train(
+            network,
+            images,
+            self.schedule,
+            purpose="scan_unlearn",
+            loss=loss,
+            beside=triggers,
+            train_mode=False,
+            after_step=climb,
+        )
