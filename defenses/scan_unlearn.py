@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -32,15 +33,13 @@ class ScanUnlearn(Defense):
     w L1(S(x'), T(x)), where x' carries triggers of that class and family, which climb the second
     term as it learns. Else the suspect is returned as it is.
 
-    Why one class: robustness to every trigger of every class costs accuracy that the backdoor does
-    not. Why frozen: with batch statistics the trigger survived (docs/results/real_networks.md).
+    With triggers of all classes accuracy fell, with batch statistics the trigger stayed.
 
     Args:
         patches: sides of the patches, in pixels.
         faint: the largest change of a pixel by a faint trigger of free pixels, of [0, 1].
         smooth: by one of a quarter of the image's side, interpolated.
-        copies: triggers per kind that are unlearnt together.
-        head_start: steps that these climb before the student's first one.
+        copies: triggers per kind; they climb ``head_start`` steps before the student's first one.
         pace: their step, as a share of the range of values.
         weight: w.
     """
@@ -73,13 +72,9 @@ class ScanUnlearn(Defense):
     def families(self, spec: DataSpec) -> dict[str, list[Kind]]:
         """Kinds of triggers that are sought and unlearnt together."""
         size = spec.image_size
-        return {
-            "patch": [Patch(side=side) for side in self.patches],
-            "faint": [
-                Faint(side=size, amplitude=self.faint),
-                Faint(side=max(1, size // 4), amplitude=self.smooth),
-            ],
-        }
+        free = Faint(side=size, amplitude=self.faint)
+        smooth = Faint(side=max(1, size // 4), amplitude=self.smooth)
+        return {"patch": [Patch(side=p) for p in self.patches], "faint": [free, smooth]}
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         del data  # no image at all is looked at
@@ -126,9 +121,7 @@ class ScanUnlearn(Defense):
         plain = procedural(self.imagination.count, spec.channels, spec.image_size, rng)
         given = torch.cat([x[y != target], plain.to(x)])  # those of the target hold its trigger
         images = Resident(given.mul(255).round().byte(), torch.zeros(len(given), dtype=torch.long))
-
-        def climb() -> None:
-            triggers.climb(self.pace)
+        climb = partial(triggers.climb, self.pace)
 
         for _ in range(self.head_start):
             drawn = torch.randint(len(given), (self.schedule.batch_size,), generator=rng)
