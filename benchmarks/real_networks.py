@@ -117,7 +117,7 @@ VICTIMS = {
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),
     "clean": Victim(None, -1, BASE),
 }
-"""The first four chose the setting; the others are for the report."""
+"""The first three chose the setting of dhbe_guided, the first four that of scan_unlearn."""
 
 
 def images(part: str) -> tuple[Tensor, Tensor]:
