@@ -65,7 +65,7 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
         runtime = make_runtime(work=work)
         results.append(defense(victim, data, runtime))
     said = " ".join(runtime.recorder.notes)
-    detects = name.startswith(("neural_cleanse", "cetf", "ulrl", "scan_unlearn"))
+    detects = name.startswith(("auto", "cetf", "neural_cleanse", "scan_unlearn", "ulrl"))
     assert (runtime.recorder.suspected is not None) == detects
     for key, value in victim.network.state_dict().items():
         assert torch.equal(value, before[key]), f"the suspect's {key} changed"

@@ -143,3 +143,17 @@ def test_a_network_without_statistics_is_scanned_too(compose_config, images, mak
 
 def test_no_budget_is_needed(compose_config) -> None:
     build("scan_unlearn", compose_config).check(Budget(name="none"))
+
+
+def test_the_game_is_played_where_the_scan_finds_nothing(
+    compose_config, images, make_runtime
+) -> None:
+    for threshold, played in ((1e9, True), (1e-9, False)):
+        runtime = make_runtime(work=str(threshold))
+        defense = build("auto", compose_config)
+        defense.scan.threshold = threshold
+        victim = suspect()
+        purified = defense(victim, granted(images), runtime)
+        assert ("the game was played" in " ".join(runtime.recorder.notes)) == played
+        buffers = zip(purified.buffers(), victim.network.buffers(), strict=True)
+        assert any(not torch.equal(p, q) for p, q in buffers) == played, "the scan freezes them"

@@ -1,0 +1,36 @@
+"""Scan first, unlearn what it finds; otherwise play the guided game. Ours, data-free."""
+
+from __future__ import annotations
+
+from dhbe.contracts.defense import Defense
+from dhbe.core.types import DataSpec
+from dhbe.data import DefenderData
+from dhbe.models import Normalized
+from dhbe.training.runtime import Runtime
+
+
+class Auto(Defense):
+    """``scan`` if it suspects a class, else ``otherwise``.
+
+    A class that stands out is unlearnt at little cost of accuracy; triggers that the scan does not
+    find still meet the patches of the game, which costs a clean network some points.
+
+    Args:
+        scan: a defense that names the classes it suspects and leaves the network alone without
+            any (``defense=scan_unlearn``).
+        otherwise: what then plays on the untouched network (``defense=dhbe_guided``).
+    """
+
+    def __init__(self, *, scan: Defense, otherwise: Defense) -> None:
+        self.scan, self.otherwise = scan, otherwise
+
+    def fits(self, spec: DataSpec) -> None:
+        self.scan.fits(spec)
+        self.otherwise.fits(spec)
+
+    def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
+        repaired = self.scan.repair(network, data, runtime)
+        if runtime.recorder.suspected:
+            return repaired
+        runtime.recorder.notes.append("the scan found no class to unlearn: the game was played")
+        return self.otherwise.repair(repaired.requires_grad_(True), data, runtime)
