@@ -89,7 +89,7 @@ class InputAware(Attack):
     def prepare(
         self, train: ImageSet, indicator: Tensor, runtime: Runtime, surrogate: Normalized | None
     ) -> None:
-        """Stage 1: the mask network alone; ``indicator`` is not used."""
+        """Stage 1: the mask network alone; ``indicator`` (N,) is not used."""
         del indicator, surrogate
 
         def loss(network: nn.Module, batch: Batch) -> Tensor:

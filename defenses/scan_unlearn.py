@@ -89,7 +89,7 @@ class ScanUnlearn(Defense):
     def scan(
         self, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime
     ) -> tuple[int | None, str]:
-        """The suspicious class, if there is one, and the family of the strongest evidence."""
+        """The suspicious class of images (N, C, H, W) of classes (N,), if any, and the family."""
         found, shown = [], []
         for family, kinds in self.families(network.spec).items():
             for kind in kinds:
@@ -114,7 +114,7 @@ class ScanUnlearn(Defense):
         kinds: list[Kind],
         runtime: Runtime,
     ) -> None:
-        """The student, in place, forgets triggers of ``target`` and keeps all else."""
+        """The student, in place, forgets ``target``'s triggers on ``x`` (N, C, H, W), no more."""
         teacher, spec = copy.deepcopy(network), network.spec
         rng = runtime.rng("unlearn")
         triggers = Mixture(kinds, self.copies, spec.channels, rng, x)
