@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -115,4 +116,5 @@ def _carry_out(
             sys.path[0] = str(Path(words[0]).parent)
             runpy.run_path(words[0], run_name="__main__")
     finally:
+        threading._shutdown()  # lets joblib's workers go, which the next line would wait for
         atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
