@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ class Trial:
         except SystemExit as end:
             status = int(end.code or 0)
         finally:
-            atexit._run_exitfuncs()
+            vars(threading)["_shutdown"]()  # as an interpreter ends, or joblib's workers are
+            atexit._run_exitfuncs()  # waited for until they are tired of waiting
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
