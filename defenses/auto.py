@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Ge
+
 from dhbe.contracts.defense import Defense
 from dhbe.core.types import DataSpec
 from dhbe.data import DefenderData
@@ -15,22 +19,30 @@ class Auto(Defense):
     A class that stands out is unlearnt at little cost of accuracy; triggers that the scan does not
     find still meet the patches of the game, which costs a clean network some points.
 
+    The scan's time grows with the number of classes; with more than ``most_classes`` the game is
+    played at once.
+
     Args:
         scan: a defense that names the classes it suspects and leaves the network alone without
             any (``defense=scan_unlearn``).
         otherwise: what then plays on the untouched network (``defense=dhbe_guided``).
     """
 
-    def __init__(self, *, scan: Defense, otherwise: Defense) -> None:
-        self.scan, self.otherwise = scan, otherwise
+    def __init__(
+        self, *, scan: Defense, otherwise: Defense, most_classes: Annotated[int, Ge(2)]
+    ) -> None:
+        self.scan, self.otherwise, self.most_classes = scan, otherwise, most_classes
 
     def fits(self, spec: DataSpec) -> None:
         self.scan.fits(spec)
         self.otherwise.fits(spec)
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        repaired = self.scan.repair(network, data, runtime)
-        if runtime.recorder.suspected:
-            return repaired
-        runtime.recorder.notes.append("the scan found no class to unlearn: the game was played")
-        return self.otherwise.repair(repaired.requires_grad_(True), data, runtime)
+        why = f"more than defense.most_classes={self.most_classes} classes, so no scan"
+        if network.spec.classes <= self.most_classes:
+            network = self.scan.repair(network, data, runtime)
+            if runtime.recorder.suspected:
+                return network
+            why = "the scan found no class to unlearn"
+        runtime.recorder.notes.append(f"{why}: the game was played")
+        return self.otherwise.repair(network.requires_grad_(True), data, runtime)

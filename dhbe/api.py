@@ -41,7 +41,7 @@ def purify(
     classes: int | None = None,
     channels: int | None = None,
     normalization: str | Mapping[str, Sequence[float]] | None = None,
-    defense: str = "dhbe_guided",
+    defense: str = "auto",
     scale: str = "quick",
     clean: str | Path | None = None,
     test: str | Path | None = None,

@@ -33,9 +33,7 @@ class MyNetwork(nn.Module):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", type=Path, help="state dict: torch.save(model.state_dict(), …)")
-    parser.add_argument(
-        "--defense", default="dhbe_guided", help="needs no images (minutes on a CPU)"
-    )
+    parser.add_argument("--defense", default="auto", help="needs no images (minutes on a CPU)")
     parser.add_argument("--clean", type=Path, help="folder CLEAN/<class>/<image>, for a defense")
     parser.add_argument("--report", type=Path, default=Path("purified"), help="new folder")
     given = parser.parse_args()

@@ -56,7 +56,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_command_without_data(given: Path) -> None:
     before = (given / "a b.pth").read_bytes()
     task = ("task=purify", f"checkpoint='{given}/a b.pth'", "data.image_size=32")
-    done = run(given, *task, *GAME, *PROBE, "hydra.run.dir=blind", WANDB_API_KEY="secret-key-0123")
+    game = ("defense=dhbe_guided", *GAME)
+    done = run(given, *task, *game, *PROBE, "hydra.run.dir=blind", WANDB_API_KEY="secret-key-0123")
     assert done.returncode == 0, done.stderr
     out = given / "blind"
     m = metrics(out)
@@ -178,6 +179,7 @@ def test_the_python_call_of_the_documentation() -> None:
 
 def test_the_python_call_can_measure_and_report(given: Path, tmp_path: Path, capsys) -> None:
     options = {"image_size": 32, "classes": 5, "overrides": [*GAME, *PROBE]}
+    options["defense"] = "dhbe_guided"
     seen = {"test": given / "images", "trigger": ROOT / "tests" / "trigger.png"}
     purified = dhbe.purify(network(), report=tmp_path / "out", **seen, **options)  # type: ignore[arg-type]
     m = metrics(tmp_path / "out")
@@ -197,7 +199,7 @@ def test_the_python_call_leaves_the_model_alone_and_plays_the_game() -> None:
     model = network()
     before = json.dumps({k: v.tolist() for k, v in model.state_dict().items()})
     options = {"image_size": 32, "classes": 5, "normalization": {"mean": [0.5], "std": [0.2]}}
-    purified = dhbe.purify(model, **options, overrides=GAME)  # type: ignore[arg-type]
+    purified = dhbe.purify(model, **options, defense="dhbe_guided", overrides=GAME)  # type: ignore[arg-type]
     assert json.dumps({k: v.tolist() for k, v in model.state_dict().items()}) == before
     assert not torch.equal(purified.head.weight, model.head.weight)
     with pytest.raises(ConfigError, match=r"data\.normalization=mars: expected one of none, half"):

@@ -169,6 +169,7 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     extra = ["data.limit=300", "data.train_size=0", *TINY[2:]]
     if "task=purify" in words:
         extra = ["trainer.threads=1"]
+        words += [] if any(w.startswith("defense=") for w in words) else ["defense=dhbe_guided"]
     if "victim=finetune" in words:
         extra = [*extra[:2], "trainer.threads=1", "victim.schedule.epochs=1"]
     if {"victim=checkpoint", "task=purify"} & {*words}:

@@ -262,7 +262,9 @@ def test_a_defense_that_changed_nothing_says_so(make_runtime, caplog) -> None:
 def test_any_module_is_purified_in_memory() -> None:
     """``view`` of feature maps, a softmax at the end; sizes found by trying."""
     model = Flat(channels=3, side=32, softmax=True).eval()
-    purified = dhbe.purify(model, normalization="half", overrides=[*GAME, *NARROW])
+    purified = dhbe.purify(
+        model, normalization="half", defense="dhbe_guided", overrides=[*GAME, *NARROW]
+    )
     x = torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(purified(x).sum(1), torch.ones(4))
     assert not torch.equal(purified(x), model(x))

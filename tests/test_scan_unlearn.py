@@ -145,6 +145,13 @@ def test_no_budget_is_needed(compose_config) -> None:
     build("scan_unlearn", compose_config).check(Budget(name="none"))
 
 
+def test_many_classes_are_not_scanned(compose_config, images, make_runtime) -> None:
+    runtime = make_runtime()
+    build("auto", compose_config, most_classes=3)(suspect(), granted(images), runtime)
+    assert runtime.recorder.suspected is None
+    assert "most_classes=3 classes, so no scan: the game" in " ".join(runtime.recorder.notes)
+
+
 def test_the_game_is_played_where_the_scan_finds_nothing(
     compose_config, images, make_runtime
 ) -> None:
