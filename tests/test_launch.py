@@ -295,7 +295,7 @@ def test_another_folder_for_the_job_moves_no_paths(swept: tuple[Path, Any], tmp_
         (["hydra.sweep.dir=x", "seed=0"], "hydra.sweep.dir=x: has no effect without"),
         (["-m", "+hydra.launcher=joblib"], r"\+hydra.launcher=joblib: .*hydra/launcher=joblib"),
         (["-m", "seed=0,1", "seed=2"], "seed=0,1 seed=2: given twice; write seed=0,1,2"),
-        (["-m", "+sweep=quick", "seed=0", "++seed=1"], "seed=0 seed=1: given twice"),
+        (["-m", "seed=range(0,3)", "seed=1"], r"seed=range\(0,3\) seed=1: given twice"),
         (["+defence=clp"], "nothing reads defence; did you mean defense=clp"),
         (["++attacks.target_class=1"], "nothing reads attacks.target_class"),
         (["+paths.result=x"], "nothing reads paths.result; did you mean paths.results=x"),
@@ -323,7 +323,8 @@ def test_what_would_be_ignored_is_refused_in_one_line(words: list[str], message:
         ["task=purify", "++checkpoint=a.pt", "+schedule@attack.late=cosine"],
         ["--multirun", "seed=0,1", "--multirun"],
         ["+my.rate=0.1", "attack.poison_rate=${my.rate}"],
-        ["-m", "seed=0", "seed=0"],
+        ["-m", "seed=0,1", "seed=0,1"],
+        ["-m", "model.widths=[16,24]", "seed=0", "seed=1,2", "model.widths=[8,16]"],
     ],
     ids=" ".join,
 )

@@ -29,6 +29,8 @@ KEYS = ("seed", "clean_baseline", "complete", "force", "paths", "hydra")
 PLACES = ("paths.data", "paths.victims", "paths.results")
 OF_PURIFY = ("checkpoint", "key", "trigger", "suspected", "probe")
 """Keys that ``task=purify`` brings."""
+LISTS = re.compile(r"""\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*\"""")
+"""Parts of a value in which commas make no sweep."""
 OF_SWEEPS = re.compile(r"hydra([./])(launcher|sweeper|sweep)\b.*")
 
 
@@ -104,14 +106,14 @@ def unread(overrides: list[str]) -> Iterator[str]:
 def replaced(overrides: list[str], several: bool) -> Iterator[str]:
     """Values that a later one of the same key replaces.
 
-    In a sweep each of the first ones would be computed, with the value of the last. In a single run
-    the last one counts, as in other programs, and the log says so.
+    The last one counts, as in other programs, and the log says so. Of several values in a sweep
+    (``seed=0,1 seed=2``) each would be computed, with the value of the last.
     """
     last: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         before = last.get(key, value)
-        if before != value and several:
+        if before != value and several and "," in LISTS.sub("", before):
             yield f"{key}={before} {key}={value}: given twice; write {key}={before},{value}"
         elif before != value:
             log.warning("%s=%s: replaced by the later %s=%s", key, before, key, value)
