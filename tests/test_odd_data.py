@@ -29,7 +29,7 @@ ROWS = [png(value) for value in (0, 100, 200)]
     ("names", "message"),
     [
         (["01", "1", "2"], "01 and 1 are the same number"),
-        (["10", "2", "bird"], "10 is named by a number, bird is not"),
+        (["10", "2", "bird"], "10 would be class 0, because not all names are numbers"),
     ],
 )
 def test_numbers_that_are_no_classes_are_refused(

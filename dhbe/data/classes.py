@@ -68,18 +68,18 @@ def _numbered(
             f"{where}: {next(p for p in numeric if numeric[p])} names its classes by numbers, "
             f"{next(p for p in numeric if not numeric[p])} does not; name them alike"
         )
-    if numbers := [n for n in names if _is_number(n)]:
-        other = next(n for n in names if n not in numbers)
-        raise DataError(
-            f"{where}: {what} {numbers[0]} is named by a number, {other} is not; name them alike, "
-            "or list all names, in order, with data.class_names=[...]"
-        )
     if classes is not None and len(names) != classes:
         raise DataError(
             f"{where}: {len(names)} {what}s for {classes} classes ({', '.join(names[:20])}"
             f"{' ...' if len(names) > 20 else ''}); name them by the numbers 0..{classes - 1}, "
             "have one for every class in some part, or list all names, in order, with "
             "data.class_names=[...] or in a classes.txt beside them"
+        )
+    if moved := [(i, n) for i, n in enumerate(names) if _is_number(n) and int(n) != i]:
+        place, name = moved[0]
+        raise DataError(
+            f"{where}: {what} {name} would be class {place}, because not all names are numbers; "
+            "name them alike, or list all names, in order, with data.class_names=[...]"
         )
     return {n: i for i, n in enumerate(names)}
 
