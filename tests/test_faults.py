@@ -310,9 +310,6 @@ def test_folders_that_are_not_the_classes_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"sub-folder 2, but the network has classes 0..1"):
         own(folder, classes=2).load()
     (folder / "2").rename(folder / "dog")
-    with pytest.raises(DataError, match="0 is named by a number, dog is not"):
-        own(folder).load()
-    (folder / "0").rename(folder / "cat")
     with pytest.raises(DataError, match="2 sub-folders for 3 classes"):
         own(folder).load()
     assert own(folder, classes=2).load().test.labels.tolist() == [0, 0, 1, 1]
