@@ -17,7 +17,7 @@ $(BIN)/.installed: pyproject.toml
 	$(call install,dev)
 	touch $@
 
-demo: $(BIN)/.installed  ## plant a backdoor in a real network and erase it without data (4 minutes)
+demo: $(BIN)/.installed  ## plant a backdoor in a small network and erase it without data (4 minutes)
 	$(BIN)/python run.py
 
 test: $(BIN)/.installed  ## all tests

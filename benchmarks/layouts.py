@@ -370,29 +370,16 @@ KINDS: list[Kind] = [
         save=plain,
         options=("data.image_size=64",),
     ),
-    Kind(
-        name="torchvision MobileNetV2",
-        network=lambda: torchvision.models.mobilenet_v2(num_classes=5),
-        save=plain,
-        options=("data.image_size=32",),
-    ),
-    Kind(
-        name="torchvision DenseNet-121",
-        network=lambda: torchvision.models.densenet121(num_classes=5),
-        save=plain,
-        options=("data.image_size=32",),
-    ),
-    Kind(
-        name="torchvision EfficientNet-B0",
-        network=lambda: torchvision.models.efficientnet_b0(num_classes=5),
-        save=plain,
-        options=("data.image_size=32",),
-    ),
-    Kind(
-        name="timm ConvNeXt",
-        network=lambda: timm.create_model("convnext_atto", num_classes=5),
-        save=plain,
-        options=("data.image_size=32",),
+    *(
+        Kind(name=name, network=network, save=plain, options=("data.image_size=32",))
+        for name, network in {
+            "torchvision MobileNetV2": lambda: torchvision.models.mobilenet_v2(num_classes=5),
+            "torchvision DenseNet-121": lambda: torchvision.models.densenet121(num_classes=5),
+            "torchvision EfficientNet-B0": lambda: torchvision.models.efficientnet_b0(
+                num_classes=5
+            ),
+            "timm ConvNeXt": lambda: timm.create_model("convnext_atto", num_classes=5),
+        }.items()
     ),
     Kind(
         name="timm ViT",

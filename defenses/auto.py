@@ -16,8 +16,8 @@ from dhbe.training.runtime import Runtime
 class Auto(Defense):
     """``scan`` if it suspects a class, else ``otherwise``.
 
-    A class that stands out is unlearnt at little cost of accuracy; triggers that the scan does not
-    find still meet the patches of the game, which costs a clean network some points.
+    Triggers that the scan does not find still meet the patches of the game. What either costs:
+    docs/results/real_networks.md.
 
     The scan's time grows with the number of classes; with more than ``most_classes`` the game is
     played at once.

@@ -88,7 +88,7 @@ class DHBE(Defense):
         del data  # no image at all is looked at
         if self.weights.statistics and not with_statistics(network):
             runtime.recorder.notes.append(
-                "the network has no BatchNorm statistics: defense.weights.statistics has no effect"
+                "the network has no BatchNorm statistics: weights.statistics has no effect"
             )
         game, iterations = self.game(network, runtime), range(self.iterations)
         gallery = Gallery(network, runtime)

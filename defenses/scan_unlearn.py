@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -16,7 +15,7 @@ from dhbe.core.errors import got
 from dhbe.core.types import Batch, DataSpec
 from dhbe.data import DefenderData, Resident
 from dhbe.game.imagined import Imagination
-from dhbe.methods.inversion import Faint, Kind, Mixture, Patch, Search, outstanding
+from dhbe.methods.inversion import Faint, Kind, Mixture, Patch, Search, anomaly_index
 from dhbe.methods.losses import disagreement
 from dhbe.methods.procedural import procedural
 from dhbe.models import Normalized
@@ -28,7 +27,7 @@ class ScanUnlearn(Defense):
     """Scan, then a game against triggers of one class and one family; BatchNorm stays frozen.
 
     Imagine images of every class; for each class and kind of trigger seek one that makes those of
-    all other classes this class. If the evidence of one (``outstanding`` margin) reaches
+    all other classes this class. If the evidence of one (``anomaly_index``) reaches
     ``threshold``, the student S, a copy of the suspect T, minimises L1(S(x), T(x)) +
     w L1(S(x'), T(x)), where x' carries triggers of that class and family, which climb the second
     term as it learns. Else the suspect is returned as it is.
@@ -83,7 +82,9 @@ class ScanUnlearn(Defense):
         runtime.recorder.picture("imagined", x[:100])
         target, family = self.scan(network, x, y, runtime)
         if target is not None:
-            self.unlearn(network, x, y, target, self.families(network.spec)[family], runtime)
+            kinds = self.families(network.spec)[family]
+            others = x[y != target]  # images of the target hold its trigger
+            self.unlearn(network, others, target, kinds, runtime)
         return network
 
     def scan(
@@ -94,7 +95,7 @@ class ScanUnlearn(Defense):
         for family, kinds in self.families(network.spec).items():
             for kind in kinds:
                 values, reached = self.search(network, x, y, kind, network.spec.classes, runtime)
-                evidence, best = (float(v) for v in outstanding(reached).max(dim=0))
+                evidence, best = (float(v) for v in anomaly_index(reached).max(dim=0))
                 found.append((evidence, int(best), family))
                 strongest = kind.shown(values[[int(best)]])
                 shown.append(F.interpolate(strongest, x.shape[-2:]))
@@ -106,22 +107,19 @@ class ScanUnlearn(Defense):
         return (target if flagged else None), family
 
     def unlearn(
-        self,
-        network: Normalized,
-        x: Tensor,
-        y: Tensor,
-        target: int,
-        kinds: list[Kind],
-        runtime: Runtime,
+        self, network: Normalized, x: Tensor, target: int, kinds: list[Kind], runtime: Runtime
     ) -> None:
-        """The student, in place, forgets ``target``'s triggers on ``x`` (N, C, H, W), no more."""
+        """Train the student, in place, to ignore triggers of ``target`` on x (N, C, H, W)."""
         teacher, spec = copy.deepcopy(network), network.spec
         rng = runtime.rng("unlearn")
         triggers = Mixture(kinds, self.copies, spec.channels, rng, x)
         plain = procedural(self.imagination.count, spec.channels, spec.image_size, rng)
-        given = torch.cat([x[y != target], plain.to(x)])  # those of the target hold its trigger
+        given = torch.cat([x, plain.to(x)])
         images = Resident(given.mul(255).round().byte(), torch.zeros(len(given), dtype=torch.long))
-        climb = partial(triggers.climb, self.pace)
+
+        def climb() -> None:
+            runtime.processes.average(p.grad for p in triggers.parameters() if p.grad is not None)
+            triggers.climb(self.pace)
 
         for _ in range(self.head_start):
             drawn = torch.randint(len(given), (self.schedule.batch_size,), generator=rng)

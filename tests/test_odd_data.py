@@ -17,7 +17,7 @@ from dhbe.config.identity import content
 from dhbe.config.linked import named_files
 from dhbe.core.errors import DataError
 from dhbe.data.images import decode
-from tests.test_user_data import SIZE, data, folder, labels, own, parquet, png, save, table, tree
+from tests.support.user_data import SIZE, data, folder, labels, own, parquet, png, save, table, tree
 
 ROWS = [png(value) for value in (0, 100, 200)]
 

@@ -13,7 +13,7 @@ from dhbe.core.types import Suspect
 from dhbe.data import Budget
 from dhbe.game.imagined import Imagination
 from dhbe.game.statistics import statistics_gaps
-from dhbe.methods.inversion import Faint, Patch, Search, Triggers, margins, outstanding
+from dhbe.methods.inversion import Faint, Patch, Search, Triggers, anomaly_index, margins
 from dhbe.methods.procedural import procedural
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
@@ -88,7 +88,7 @@ def test_triggers_climb_by_a_share_of_their_range() -> None:
 def test_margins_and_evidence() -> None:
     logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
     assert margins(logits, torch.tensor([0, 2])).tolist() == [2.0, -3.0]
-    evidence = outstanding(torch.tensor([-9.0, -10.0, 8.0, -11.0, -10.0]))
+    evidence = anomaly_index(torch.tensor([-9.0, -10.0, 8.0, -11.0, -10.0]))
     assert evidence.tolist() == pytest.approx([0.5, 0.0, 9.0, -0.5, 0.0])
 
 
@@ -107,7 +107,7 @@ def test_the_search_finds_the_planted_class(make_runtime) -> None:
     search = Search(steps=15, per_class=8, rate=0.2, judged=32)
     y = torch.arange(64) % 4
     values, reached = search(Planted(), x, y, Patch(side=3), 4, make_runtime())
-    evidence = outstanding(reached)
+    evidence = anomaly_index(reached)
     assert evidence.argmax() == 2
     assert evidence[2] > 3.5
     assert values[2].mean() > 0.9, "white"

@@ -1,4 +1,4 @@
-"""The product speaks plain technical English, and of nobody's particular machine."""
+"""The product speaks plain technical English."""
 
 from __future__ import annotations
 
@@ -25,17 +25,14 @@ RETIRED = (
     r"somebody's (file|weights|checkpoint) ",
     "nobody can know",
     "what nobody",
-    "lent for minutes",
     r"packs? of 64",
     r"\.carry\b",
-    r"\$OUT\b",
-    r"/work/",
     r"\bscratch trials\b",
     r"\bissue \d+\b",
     r"\bissue's figure\b",
     r"\bthe others' work\b",
 )
-"""Phrases of the laboratory diary, and traces of one set-up."""
+"""Phrases of a laboratory diary."""
 PATTERN = re.compile("|".join(RETIRED), re.IGNORECASE)
 FORGIVEN = ("tests/test_words.py", "CHANGELOG.md")
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".html", ".cff", ".css", ".ipynb", ""}
@@ -61,6 +58,6 @@ def test_no_retired_phrase() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("phrase", ["with eyes on the test set", "leave it asleep", "see /work/x"])
+@pytest.mark.parametrize("phrase", ["with eyes on the test set", "leave it asleep"])
 def test_it_can_find_one(phrase: str) -> None:
     assert PATTERN.search(phrase)

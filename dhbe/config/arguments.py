@@ -6,6 +6,10 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dhbe.core.errors import ConfigError
 from dhbe.core.paths import CONF
@@ -24,11 +28,6 @@ VALUED = (
 """Options of Hydra whose value may be the next word."""
 GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging", "env", "help", "output")
 """Config groups of Hydra."""
-KEYS = ("seed", "clean_baseline", "complete", "force", "paths", "hydra")
-"""Keys of ``conf/config.yaml`` that are no groups."""
-PLACES = ("paths.data", "paths.victims", "paths.results")
-OF_PURIFY = ("checkpoint", "key", "trigger", "suspected", "probe")
-"""Keys that ``task=purify`` brings."""
 LISTS = re.compile(r"""\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*\"""")
 """Parts of a value in which commas make no sweep."""
 OF_SWEEPS = re.compile(r"hydra([./])(launcher|sweeper|sweep)\b.*")
@@ -88,19 +87,28 @@ def misspelt(overrides: list[str]) -> Iterator[str]:
 
 def unread(overrides: list[str]) -> Iterator[str]:
     """New keys, made with ``+``, that nothing reads; Hydra refuses unknown ones without it."""
-    known = [*KEYS, *(p.name for p in CONF.iterdir() if p.is_dir())]
-    known += OF_PURIFY if "task=purify" in overrides else ()
+    if not any(o.startswith("+") for o in overrides):
+        return
+    top_level, of_purify = (_keys(CONF / name) for name in ("config.yaml", "task/purify.yaml"))
+    places = [f"paths.{name}" for name in top_level["paths"]]
+    known = ["hydra", *top_level, *(p.name for p in CONF.iterdir() if p.is_dir())]
+    known += of_purify if "task=purify" in overrides else ()
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         top = re.split("[./@]", key)[0]
         used = any(f"${{{top}" in other for other in overrides)
-        if override[0] != "+" or used or (top in known and (top != "paths" or key in PLACES)):
+        if override[0] != "+" or used or (top in known and (top != "paths" or key in places)):
             continue
-        near = difflib.get_close_matches(key, [*known, *PLACES], n=1)
+        near = difflib.get_close_matches(key, [*known, *places], n=1)
         remedy = f"did you mean {near[0]}={value}?" if near else "leave it out"
-        if top in OF_PURIFY:
+        if top in of_purify:
             remedy = f"write task=purify {key}={value}"
         yield f"{override}: nothing reads {key}; {remedy}"
+
+
+def _keys(file: Path) -> dict[str, Any]:
+    """Top level of a config, without its defaults list."""
+    return {k: v for k, v in yaml.safe_load(file.read_text()).items() if k != "defaults"}
 
 
 def replaced(overrides: list[str], several: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 def named_files(table: Path) -> list[Path]:
     """What the texts in a parquet table lead to, relative to its folder or absolute, once each.
 
-    None where the table holds all images itself, or cannot be read.
+    Empty where the table holds all images itself, or cannot be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

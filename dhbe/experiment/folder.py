@@ -121,7 +121,7 @@ class ResultFolder:
                 self._discard_unused()
 
     def _refuse_others(self) -> None:
-        """Before anything is computed: nobody's files are replaced but those of a result.
+        """Refuse, before anything is computed, to replace files that are not a result's.
 
         Raises:
             DHBEError: the folder holds others, or what is left of a result.

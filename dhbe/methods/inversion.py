@@ -48,8 +48,8 @@ class Patch(Kind):
         return 0.0, 1.0
 
     def applied(self, values: Tensor, x: Tensor, rng: torch.Generator) -> Tensor:
-        free = torch.tensor(x.shape[-2:]) - self.side + 1
-        drawn = torch.rand((len(x), 2), generator=rng, device=rng.device).to("cpu")
+        free = x.shape[-1] - self.side + 1  # images are square
+        drawn = torch.rand((len(x), 2), generator=rng, device=rng.device)
         corner = (drawn * free).long().to(x.device)
         span, image, channel = (
             torch.arange(n, device=x.device) for n in (self.side, len(x), x.shape[1])
@@ -87,7 +87,7 @@ class Faint(Kind):
 class Triggers(nn.Module):
     """Triggers of one kind that move along gradients; ``values`` are (N, C, side, side)."""
 
-    pace: Tensor
+    momentum: Tensor
 
     def __init__(
         self, kind: Kind, count: int, channels: int, rng: torch.Generator, like: Tensor
@@ -97,7 +97,7 @@ class Triggers(nn.Module):
         drawn = torch.rand((count, channels, kind.side, kind.side), generator=rng)
         start = self.low + (self.high - self.low) * (0.25 + 0.5 * drawn)
         self.values = nn.Parameter(start.to(like))
-        self.register_buffer("pace", torch.zeros_like(start).to(like))
+        self.register_buffer("momentum", torch.zeros_like(start).to(like))
 
     def forward(self, x: Tensor, which: Tensor, rng: torch.Generator) -> Tensor:
         """Images (B, C, H, W), each with the trigger of that number (B,)."""
@@ -109,9 +109,9 @@ class Triggers(nn.Module):
         gradient, self.values.grad = self.values.grad, None
         assert gradient is not None, "no backward pass since the last step"
         scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
-        self.pace.mul_(0.7).add_(gradient / scale)
+        self.momentum.mul_(0.7).add_(gradient / scale)
         step = rate * (self.high - self.low)
-        self.values.add_(step * self.pace.sign()).clamp_(self.low, self.high)
+        self.values.add_(step * self.momentum.sign()).clamp_(self.low, self.high)
 
 
 class Mixture(nn.Module):
@@ -196,7 +196,11 @@ class Search:
         return torch.stack(reached)
 
 
-def outstanding(reached: Tensor) -> Tensor:
-    """How far each value (K,) lies above the median, in units of 1 + the median distance to it."""
+def anomaly_index(reached: Tensor) -> Tensor:
+    """How far each margin (K,) lies above the median, in units of 1 + the median distance to it.
+
+    Neural Cleanse's index (Wang et al., S&P 2019) for margins instead of mask sizes; the 1 keeps
+    it small where all classes are alike.
+    """
     apart = reached - reached.median()
     return apart / (1 + apart.abs().median())

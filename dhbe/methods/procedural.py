@@ -1,7 +1,7 @@
-"""Images that nobody took: dead leaves and coloured noise with the statistics of photographs.
+"""Procedural images: dead leaves and coloured noise with the statistics of photographs.
 
 Baradad et al., "Learning to See by Looking at Noise" (NeurIPS 2021), train on such images. Here
-imagined images start from them: edges, occlusion, shading and texture, and nobody's trigger.
+imagined images start from them: they have edges, occlusion, shading and texture, and no trigger.
 """
 
 from __future__ import annotations

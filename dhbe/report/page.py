@@ -63,7 +63,7 @@ def write_page(folder: Path) -> Path:
         names=class_names(metrics["data"], config),
         work={stage: work(metrics, stage) for stage in ("victim", "defense")},
         examples=_examples(folder),
-        generated=[_shown(p) for p in pictures if p.name.startswith("generated")],
+        generated=[_shown(p) for p in pictures if p.name.startswith(("generated", "imagined"))],
         patches=[_shown(p) for p in pictures if p.name.startswith("patches")],
         triggers=[_shown(p) for p in pictures if p.name.startswith("triggers_found")],
         curves=_curves(folder / "curves.csv"),

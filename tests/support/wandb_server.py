@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     server: WandbServer
 
     def log_message(self, *_: object) -> None:
-        """Nobody listens."""
+        """Stay silent."""
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
