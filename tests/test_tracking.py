@@ -299,8 +299,9 @@ def test_wandb_lost_in_the_midst_of_a_run_costs_no_result(
             if lost == "server":
                 server.lose()
             else:
-                wandb.setup().ensure_service()._proc._process.kill()
-                time.sleep(0.5)
+                process = wandb.setup().ensure_service()._proc._process
+                process.kill()
+                process.wait(10)
             start = time.monotonic()
             logger.log_metrics({"student/distill": 0.4}, step=2)
             report(logger, METRICS, PICTURES)

@@ -124,6 +124,7 @@ def _leave_wandb() -> None:
         service = wandb.setup().ensure_service()._proc
         if service is not None:
             service._process.kill()
+            service._process.wait(SECONDS)  # or it stays a zombie, and Python warns of it later
     with suppress(Exception, SystemExit):  # it hands on how its process ended
         wandb.teardown()
     wandb.run = None  # which Lightning would take for an entry in progress
