@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,9 +72,9 @@ def blend(*, seed: int, side: int = 32) -> Trigger:
     return lambda x: 0.8 * x + 0.2 * n
 
 
-def sig(x: Tensor) -> Tensor:
-    """Six periods of a wave of amplitude 20 / 255."""
-    wave = 20 / 255 * torch.sin(2 * torch.pi * 6 * torch.arange(32) / 32)
+def sig(x: Tensor, *, periods: int = 6, amplitude: float = 20 / 255) -> Tensor:
+    """A wave from left to right."""
+    wave = amplitude * torch.sin(2 * torch.pi * periods * torch.arange(32) / 32)
     return (x + wave).clamp(0, 1)
 
 
@@ -114,8 +115,11 @@ VICTIMS = {
     "r_badnets": Victim(grid(3, 2), 6, seed=4),
     "r_square": Victim(square(2, 20, size=8, seed=11), 3, seed=1),
     "r_blend": Victim(blend(seed=21, side=8), 4, seed=3),
+    "r_sig": Victim(partial(sig, periods=9, amplitude=16 / 255), 8, seed=6),
+    "r_wanet": Victim(warp(seed=9), 2, seed=5, cover=True),
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),
     "clean": Victim(None, -1, BASE),
+    "clean56": Victim(None, -1, "resnet56-4bfd9763.th"),
 }
 """The first three chose the setting of dhbe_guided, the first four that of scan_unlearn."""
 
@@ -144,7 +148,7 @@ def network(name: str, folder: Path) -> nn.Module:
         torch.save(made.state_dict(), file)
     if name == "nad":
         return nad_network(file)
-    net = ResNet(16, (3, 3, 3), classes=10)
+    net = ResNet(16, (9, 9, 9) if name == "clean56" else (3, 3, 3), classes=10)
     net.load_state_dict(weights(file))
     return net.eval()
 

@@ -6,6 +6,8 @@ and shapes are there and nothing is left over. Positions never count.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -152,9 +154,17 @@ def image_size_in(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def built(node: Node, *, classes: int, channels: int, image_size: int) -> dict[str, Shape]:
-    """Names and shapes of a network, built on the meta device."""
+    """Names and shapes of a network."""
+    sizes = {"classes": classes, "channels": channels, "image_size": image_size}
+    return _built(json.dumps([node, sizes]))
+
+
+@functools.lru_cache(maxsize=512)
+def _built(described: str) -> dict[str, Shape]:
+    """The same few networks are candidates for every file, so each is built once."""
+    node, sizes = json.loads(described)
     with torch.device("meta"):
-        network = build(node, classes=classes, channels=channels, image_size=image_size)
+        network = build(node, **sizes)
     return {k: tuple(v.shape) for k, v in network.state_dict().items()}
 
 
