@@ -32,6 +32,13 @@ SHORT = {
     "backgrounds": 3,
     "inputs": 2,
     "passes": 1,
+    "count": 16,
+    "per_class": 2,
+    "judged": 8,
+    "head_start": 1,
+    "copies": 2,
+    "adversarial_batches": 2,
+    "pgd_steps": 2,
 }
 """Options that only cost time, at every depth of a config."""
 
