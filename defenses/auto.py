@@ -1,4 +1,4 @@
-"""Scan first, unlearn what it finds; otherwise play the guided game. Ours, data-free."""
+"""Scan first and unlearn what it finds; otherwise prune by CLP, or play. Ours, data-free."""
 
 from __future__ import annotations
 
@@ -10,39 +10,50 @@ from dhbe.contracts.defense import Defense
 from dhbe.core.types import DataSpec
 from dhbe.data import DefenderData
 from dhbe.models import Normalized
+from dhbe.models.dataflow import conv_bn_pairs
 from dhbe.training.runtime import Runtime
 
 
 class Auto(Defense):
-    """``scan`` if it suspects a class, else ``otherwise``.
+    """``scan`` if it suspects a class; else ``prune``; ``game`` where neither applies.
 
-    Triggers that the scan does not find still meet the patches of the game. What either costs:
-    docs/results/real_networks.md.
-
-    The scan's time grows with the number of classes; with more than ``most_classes`` the game is
-    played at once.
+    CLP removes the warps that the scan does not seek, and leaves most clean networks alone, which
+    the game does not (docs/results/real_networks.md).
 
     Args:
         scan: a defense that names the classes it suspects and leaves the network alone without
             any (``defense=scan_unlearn``).
-        otherwise: what then plays on the untouched network (``defense=dhbe_guided``).
+        prune: what then looks at the untouched network (``defense=clp``).
+        game: played instead (``defense=dhbe_guided``) where there is no convolution followed by
+            BatchNorm, and at once with more than ``most_classes``, since the scan's time grows
+            with the classes.
     """
 
     def __init__(
-        self, *, scan: Defense, otherwise: Defense, most_classes: Annotated[int, Ge(2)]
+        self,
+        *,
+        scan: Defense,
+        prune: Defense,
+        game: Defense,
+        most_classes: Annotated[int, Ge(2)],
     ) -> None:
-        self.scan, self.otherwise, self.most_classes = scan, otherwise, most_classes
+        self.scan, self.prune, self.game = scan, prune, game
+        self.most_classes = most_classes
 
     def fits(self, spec: DataSpec) -> None:
-        self.scan.fits(spec)
-        self.otherwise.fits(spec)
+        for part in (self.scan, self.prune, self.game):
+            part.fits(spec)
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        why = f"more than defense.most_classes={self.most_classes} classes, so no scan"
-        if network.spec.classes <= self.most_classes:
-            network = self.scan.repair(network, data, runtime)
+        notes = runtime.recorder.notes
+        if network.spec.classes > self.most_classes:
+            notes.append(f"more than defense.most_classes={self.most_classes} classes: no scan")
+        else:
+            network = self.scan.repair(network, data, runtime).requires_grad_(True)
             if runtime.recorder.suspected:
                 return network
-            why = "the scan found no class to unlearn"
-        runtime.recorder.notes.append(f"{why}: the game was played")
-        return self.otherwise.repair(network.requires_grad_(True), data, runtime)
+            notes.append("the scan found no class to unlearn")
+            if conv_bn_pairs(network, network.probe()):
+                return self.prune.repair(network, data, runtime)
+        notes.append("the game was played")
+        return self.game.repair(network, data, runtime)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import got
 from dhbe.core.types import Batch, DataSpec
 from dhbe.data import DefenderData, Resident
 from dhbe.game.imagined import Imagination
-from dhbe.methods.inversion import Faint, Kind, Mixture, Patch, Search, anomaly_index
+from dhbe.methods.inversion import Kind, Mixture
 from dhbe.methods.losses import disagreement
 from dhbe.methods.procedural import procedural
+from dhbe.methods.scan import Scan
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
@@ -27,17 +28,15 @@ class ScanUnlearn(Defense):
     """Scan, then a game against triggers of one class and one family; BatchNorm stays frozen.
 
     Imagine images of every class; for each class and kind of trigger seek one that makes those of
-    all other classes this class. If the evidence of one (``anomaly_index``) reaches
-    ``threshold``, the student S, a copy of the suspect T, minimises L1(S(x), T(x)) +
-    w L1(S(x'), T(x)), where x' carries triggers of that class and family, which climb the second
-    term as it learns. Else the suspect is returned as it is.
+    all other classes this class (``Scan``). If the evidence of one reaches ``threshold``, the
+    student S, a copy of the suspect T, minimises L1(S(x), T(x)) + w L1(S(x'), T(x)), where x'
+    carries triggers of that class and family, which climb the second term as it learns. Else the
+    suspect is returned as it is.
 
     With triggers of all classes accuracy fell, with batch statistics the trigger stayed.
 
     Args:
-        patches: sides of the patches, in pixels.
-        faint: the largest change of a pixel by a faint trigger of free pixels, of [0, 1].
-        smooth: by one of a quarter of the image's side, interpolated.
+        threshold: of ``Evidence.index``.
         copies: triggers per kind; they climb ``head_start`` steps before the student's first one.
         pace: their step, as a share of the range of values.
         weight: w.
@@ -47,10 +46,7 @@ class ScanUnlearn(Defense):
         self,
         *,
         imagination: Imagination,
-        search: Search,
-        patches: Annotated[list[Annotated[int, Ge(1)]], MinLen(1)],
-        faint: Annotated[float, Gt(0)],
-        smooth: Annotated[float, Gt(0)],
+        scan: Scan,
         threshold: Annotated[float, Gt(0)],
         copies: Annotated[int, Ge(1)],
         head_start: Annotated[int, Ge(0)],
@@ -58,56 +54,32 @@ class ScanUnlearn(Defense):
         weight: Annotated[float, Ge(0)],
         schedule: AdamSchedule,
     ) -> None:
-        self.imagination, self.search = imagination, search
-        self.patches, self.faint, self.smooth = patches, faint, smooth
+        self.imagination, self.scan = imagination, scan
         self.threshold, self.copies, self.head_start = threshold, copies, head_start
         self.pace, self.weight, self.schedule = pace, weight, schedule
 
     def fits(self, spec: DataSpec) -> None:
-        if max(self.patches) > spec.image_size:
-            allowed = f"at most data.image_size={spec.image_size} each"
-            raise got("defense.patches", self.patches, allowed)
-
-    def families(self, spec: DataSpec) -> dict[str, list[Kind]]:
-        """Kinds of triggers that are sought and unlearnt together."""
-        size = spec.image_size
-        free = Faint(side=size, amplitude=self.faint)
-        smooth = Faint(side=max(1, size // 4), amplitude=self.smooth)
-        return {"patch": [Patch(side=p) for p in self.patches], "faint": [free, smooth]}
+        for key in ("patches", "corners"):
+            if max(sides := getattr(self.scan, key)) > spec.image_size:
+                allowed = f"at most data.image_size={spec.image_size} each"
+                raise got(f"defense.scan.{key}", sides, allowed)
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         del data  # no image at all is looked at
         network.requires_grad_(False)
         x, y = self.imagination.images(network, runtime)
         runtime.recorder.picture("imagined", x[:100])
-        target, family = self.scan(network, x, y, runtime)
-        if target is not None:
-            kinds = self.families(network.spec)[family]
-            others = x[y != target]  # images of the target hold its trigger
-            self.unlearn(network, others, target, kinds, runtime)
+        every = self.scan(network, x, y, runtime)
+        most = max(every, key=lambda e: e.index)
+        flagged = [most.target] if most.index >= self.threshold else []
+        each = ", ".join(f"{e.family} {e.target}: {e.index:.1f}" for e in every)
+        runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
+        if flagged:  # imagined images of the target hold its trigger
+            self.unlearn(network, x[y != most.target], most.target, most.kinds, runtime)
         return network
 
-    def scan(
-        self, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime
-    ) -> tuple[int | None, str]:
-        """The suspicious class of images (N, C, H, W) of classes (N,), if any, and the family."""
-        found, shown = [], []
-        for family, kinds in self.families(network.spec).items():
-            for kind in kinds:
-                values, reached = self.search(network, x, y, kind, network.spec.classes, runtime)
-                evidence, best = (float(v) for v in anomaly_index(reached).max(dim=0))
-                found.append((evidence, int(best), family))
-                strongest = kind.shown(values[[int(best)]])
-                shown.append(F.interpolate(strongest, x.shape[-2:]))
-        runtime.recorder.picture("triggers_found", torch.cat(shown))
-        evidence, target, family = max(found)
-        flagged = [target] if evidence >= self.threshold else []
-        each = ", ".join(f"{f} {t}: {e:.1f}" for e, t, f in found)
-        runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
-        return (target if flagged else None), family
-
     def unlearn(
-        self, network: Normalized, x: Tensor, target: int, kinds: list[Kind], runtime: Runtime
+        self, network: Normalized, x: Tensor, target: int, kinds: Sequence[Kind], runtime: Runtime
     ) -> None:
         """Train the student, in place, to ignore triggers of ``target`` on x (N, C, H, W)."""
         teacher, spec = copy.deepcopy(network), network.spec

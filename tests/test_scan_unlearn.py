@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,26 @@ from dhbe.core.types import Suspect
 from dhbe.data import Budget
 from dhbe.game.imagined import Imagination
 from dhbe.game.statistics import statistics_gaps
-from dhbe.methods.inversion import Faint, Patch, Search, Triggers, anomaly_index, margins
+from dhbe.methods.inversion import (
+    CornerPatch,
+    Faint,
+    Patch,
+    Search,
+    Triggers,
+    Wave,
+    anomaly_index,
+    frequencies,
+    margins,
+)
 from dhbe.methods.procedural import procedural
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
 from dhbe.training.parallel import Processes
 from tests.conftest import make_spec
 from tests.support.defenses import build, granted, suspect
+
+NONE = torch.zeros(1, dtype=torch.long)
+"""Of kinds with one variant."""
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -54,7 +69,7 @@ def test_imagined_images_are_more_of_the_networks_kind(make_runtime) -> None:
 def test_patches_replace_pixels() -> None:
     x = torch.full((50, 1, 8, 8), 0.5)
     values = torch.arange(4.0).view(1, 1, 2, 2) / 4
-    out = Patch(side=2).applied(values.expand(50, 1, 2, 2), x, generator(0, "places"))
+    out = Patch(side=2).applied(values.expand(50, 1, 2, 2), x, NONE, generator(0, "places"))
     changed = (out != 0.5).sum((1, 2, 3))
     assert (changed == 3).all(), "0, 0.25 and 0.75; the fourth value is the image's own"
     corners = {tuple((image[0] == 0).nonzero()[0].tolist()) for image in out}
@@ -62,13 +77,32 @@ def test_patches_replace_pixels() -> None:
     assert max(max(c) for c in corners) == 6
 
 
+def test_corner_patches_stay_in_their_corner() -> None:
+    kind = CornerPatch(side=2)
+    x, values = torch.zeros(8, 3, 8, 8), torch.ones(8, 3, 2, 2)
+    out = kind.applied(values, x, torch.arange(8) % kind.variants, generator(0, "x"))
+    assert (out.sum((1, 2, 3)) == 12).all()
+    corners = [out[:4, :, r, c].eq(1).all(1).tolist() for r in (0, 7) for c in (0, 7)]
+    assert corners == torch.eye(4).bool().tolist(), "top left, top right, bottom left, ..."
+
+
+def test_waves_are_what_sig_adds() -> None:
+    kind = Wave(amplitude=0.1, frequencies=frequencies(9))
+    assert len({*kind.frequencies, *((-a, -b) for a, b in kind.frequencies)}) == 252
+    values = torch.tensor([0.1, 0.0]).view(1, 1, 2, 1).expand(1, 3, 2, 1)
+    which = torch.tensor([kind.frequencies.index((0, 6))])
+    out = kind.applied(values, torch.full((1, 3, 32, 32), 0.5), which, generator(0, "x"))
+    wave = 0.5 + 0.1 * torch.sin(2 * torch.pi * 6 * torch.arange(32) / 32)
+    torch.testing.assert_close(out, wave.expand(1, 3, 32, 32))
+
+
 def test_faint_changes_are_added_and_clipped() -> None:
     kind = Faint(side=2, amplitude=0.1)
     values = torch.tensor([[[[0.1, -0.1], [0.0, 0.0]]]])
-    out = kind.applied(values, torch.tensor([0.95, 0.05]).view(2, 1, 1, 1), generator(0, "x"))
+    out = kind.applied(values, torch.tensor([0.95, 0.05]).view(2, 1, 1, 1), NONE, generator(0, "x"))
     assert kind.bounds == (-0.1, 0.1)
     assert out.flatten().tolist() == pytest.approx([1.0, 0.15]), "one pixel takes the corner"
-    out = kind.applied(values, torch.full((1, 1, 2, 2), 0.5), generator(0, "x"))
+    out = kind.applied(values, torch.full((1, 1, 2, 2), 0.5), NONE, generator(0, "x"))
     assert out.flatten().tolist() == pytest.approx([0.6, 0.4, 0.5, 0.5])
 
 
@@ -113,6 +147,45 @@ def test_the_search_finds_the_planted_class(make_runtime) -> None:
     assert values[2].mean() > 0.9, "white"
 
 
+class Striped(nn.Module):
+    """Says class 1 where the rows' mean follows three periods, and else a quadrant's brightness."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, 16, 16) -> logits (B, 4)."""
+        quadrants = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 2).flatten(1)
+        wave = torch.sin(2 * torch.pi * 3 * torch.arange(16) / 16)
+        follows = (x.mean((1, 2)) * wave).mean(1, keepdim=True)
+        return 10 * quadrants + 2000 * follows.relu() * torch.eye(4)[1]
+
+
+def test_every_wave_is_tried(make_runtime) -> None:
+    x, y = 0.5 * procedural(64, 3, 16, generator(0, "x")), torch.arange(64) % 4
+    kind = Wave(amplitude=0.1, frequencies=frequencies(5))
+    sine = torch.tensor([0.1, 0.0]).view(1, 1, 2, 1).expand(1, 3, 2, 1)
+    search = Search(steps=1, per_class=1, rate=0.2, judged=64)
+    which, reached = search.among(Striped(), x, y, kind, sine, 4, make_runtime())
+    assert anomaly_index(reached).argmax() == 1
+    assert kind.frequencies[which[1]] == (0, 3)
+
+
+@pytest.mark.parametrize("corner", range(4))
+def test_the_search_finds_the_corner(make_runtime, corner: int) -> None:
+    """A network that answers white in one corner alone."""
+
+    class Corner(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            seen = torch.zeros_like(x)
+            at = tuple(slice(13, 16) if far else slice(0, 3) for far in divmod(corner, 2))
+            seen[:, :, at[0], at[1]] = x[:, :, at[0], at[1]]
+            return super().forward(x.clamp(0, 0.4)) + super().forward(seen)
+
+    x, y = 0.5 * procedural(64, 3, 16, generator(0, "x")), torch.arange(64) % 4
+    search = Search(steps=15, per_class=8, rate=0.2, judged=32)
+    values, reached = search(Corner(), x, y, CornerPatch(side=3), 4, make_runtime())
+    assert values.shape == (4, 3, 3, 3)
+    assert anomaly_index(reached).argmax() == 2
+
+
 def test_only_evidence_changes_the_network(compose_config, images, make_runtime) -> None:
     victim = suspect()
     for threshold, changes in ((1e9, False), (1e-9, True)):
@@ -127,9 +200,12 @@ def test_only_evidence_changes_the_network(compose_config, images, make_runtime)
         assert {"imagined", "triggers_found"} <= set(runtime.recorder.pictures)
 
 
-def test_a_patch_larger_than_the_image_is_refused(compose_config) -> None:
-    with pytest.raises(ConfigError, match=r"defense\.patches=\[3, 20\].* at most"):
-        build("scan_unlearn", compose_config, patches=[3, 20]).fits(make_spec())
+@pytest.mark.parametrize(("size", "key"), [(7, r"patches=\[3, 5, 8\]"), (4, r"corners=\[3, 5\]")])
+def test_a_patch_larger_than_the_image_is_refused(compose_config, size: int, key: str) -> None:
+    defense = build("scan_unlearn", compose_config)
+    defense.scan = replace(defense.scan, patches=[3]) if size == 4 else defense.scan
+    with pytest.raises(ConfigError, match=rf"defense\.scan\.{key}.* at most"):
+        defense.fits(make_spec(image_size=size))
 
 
 def test_a_network_without_statistics_is_scanned_too(compose_config, images, make_runtime) -> None:
@@ -149,18 +225,29 @@ def test_many_classes_are_not_scanned(compose_config, images, make_runtime) -> N
     runtime = make_runtime()
     build("auto", compose_config, most_classes=3)(suspect(), granted(images), runtime)
     assert runtime.recorder.suspected is None
-    assert "most_classes=3 classes, so no scan: the game" in " ".join(runtime.recorder.notes)
+    notes = " ".join(runtime.recorder.notes)
+    assert "most_classes=3 classes: no scan the game was played" in notes
 
 
-def test_the_game_is_played_where_the_scan_finds_nothing(
+def test_channels_are_pruned_where_the_scan_finds_nothing(
     compose_config, images, make_runtime
 ) -> None:
-    for threshold, played in ((1e9, True), (1e-9, False)):
-        runtime = make_runtime(work=str(threshold))
+    for threshold, pruned in ((1e9, True), (1e-9, False)):
+        runtime, victim = make_runtime(work=str(threshold)), suspect()
         defense = build("auto", compose_config)
-        defense.scan.threshold = threshold
-        victim = suspect()
+        defense.scan.threshold, defense.prune.u = threshold, 1.0
         purified = defense(victim, granted(images), runtime)
-        assert ("the game was played" in " ".join(runtime.recorder.notes)) == played
-        buffers = zip(purified.buffers(), victim.network.buffers(), strict=True)
-        assert any(not torch.equal(p, q) for p, q in buffers) == played, "the scan freezes them"
+        assert ("clp pruned" in " ".join(runtime.recorder.notes)) == pruned
+        assert bool(runtime.recorder.suspected) != pruned
+        x = torch.rand(3, *victim.spec.shape)
+        assert not torch.equal(purified(x), victim.network(x))
+
+
+def test_without_batch_norm_the_game_is_played(compose_config, images, make_runtime) -> None:
+    inner = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(14), nn.Flatten(), nn.Linear(8, 4))
+    spec, runtime = make_spec(), make_runtime()
+    victim = Suspect(network=Normalized(inner, spec).eval(), architecture="own", spec=spec)
+    defense = build("auto", compose_config)
+    defense.scan.threshold = 1e9
+    defense(victim, granted(images), runtime)
+    assert "the game was played" in " ".join(runtime.recorder.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from dhbe.training.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(ABC):
-    """A family of triggers, each held as values (C, side, side) within ``bounds``.
+    """A family of triggers, each held as values within ``bounds``.
 
     Attributes:
-        side: pixels.
+        side: of the values, in pixels.
     """
 
     side: Annotated[int, Ge(1)]
@@ -28,7 +29,16 @@ class Kind(ABC):
     @property
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
-        """Smallest and largest value, of pixels in [0, 1]."""
+        """Smallest and largest value, of pixels in [0, 1] unless said otherwise."""
+
+    @property
+    def variants(self) -> int:
+        """Different triggers of this kind per class; trigger i is of variant i modulo this."""
+        return 1
+
+    def shape(self, channels: int) -> tuple[int, int, int]:
+        """Of a trigger's values."""
+        return channels, self.side, self.side
 
     def shown(self, values: Tensor) -> Tensor:
         """The values as pictures: 0 to 1 over the range."""
@@ -36,8 +46,8 @@ class Kind(ABC):
         return (values - low) / (high - low)
 
     @abstractmethod
-    def applied(self, values: Tensor, x: Tensor, rng: torch.Generator) -> Tensor:
-        """Images (B, C, H, W) in [0, 1], each with its trigger (B, C, side, side)."""
+    def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
+        """Images (B, C, H, W) in [0, 1], each with its trigger's values and its variant (B,)."""
 
 
 class Patch(Kind):
@@ -47,21 +57,37 @@ class Patch(Kind):
     def bounds(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def applied(self, values: Tensor, x: Tensor, rng: torch.Generator) -> Tensor:
+    def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
         free = x.shape[-1] - self.side + 1  # images are square
         drawn = torch.rand((len(x), 2), generator=rng, device=rng.device)
-        corner = (drawn * free).long().to(x.device)
-        span, image, channel = (
-            torch.arange(n, device=x.device) for n in (self.side, len(x), x.shape[1])
-        )
-        rows, columns = (corner[:, i, None] + span for i in (0, 1))
-        where = (
-            image[:, None, None, None],
-            channel[:, None, None],
-            rows[:, None, :, None],
-            columns[:, None, None],
-        )
-        return x.index_put(where, values.to(x.dtype))
+        return pasted(values, x, (drawn * free).long().to(x.device))
+
+
+class CornerPatch(Patch):
+    """A square in one corner of every image; each corner is a variant."""
+
+    @property
+    def variants(self) -> int:
+        return 4
+
+    def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
+        del rng
+        far = x.shape[-1] - self.side
+        return pasted(values, x, torch.stack([variant // 2, variant % 2], dim=1) * far)
+
+
+def pasted(values: Tensor, x: Tensor, corner: Tensor) -> Tensor:
+    """Images (B, C, H, W) with squares (B, C, side, side) at rows and columns (B, 2)."""
+    side = values.shape[-1]
+    span, image, channel = (torch.arange(n, device=x.device) for n in (side, len(x), x.shape[1]))
+    rows, columns = (corner[:, i, None] + span for i in (0, 1))
+    where = (
+        image[:, None, None, None],
+        channel[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None],
+    )
+    return x.index_put(where, values.to(x.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +104,60 @@ class Faint(Kind):
     def bounds(self) -> tuple[float, float]:
         return -self.amplitude, self.amplitude
 
-    def applied(self, values: Tensor, x: Tensor, rng: torch.Generator) -> Tensor:
-        del rng
+    def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
+        del variant, rng
         change = F.interpolate(values, x.shape[-2:], mode="bicubic", align_corners=True)
         return (x + change).clamp(0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wave(Kind):
+    """Sinusoids over the whole image (SIG, Barni et al., ICIP 2019), one frequency per variant.
+
+    The values (C, 2, 1) are the amplitudes of sine and cosine.
+
+    Attributes:
+        amplitude: the largest of either, of [0, 1].
+        frequencies: periods per image, along rows and along columns.
+    """
+
+    side: Annotated[int, Ge(1)] = 1
+    amplitude: Annotated[float, Gt(0), Le(1)]
+    frequencies: tuple[tuple[int, int], ...]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return -self.amplitude, self.amplitude
+
+    @property
+    def variants(self) -> int:
+        return len(self.frequencies)
+
+    def shape(self, channels: int) -> tuple[int, int, int]:
+        return channels, 2, 1
+
+    def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
+        del rng
+        periods = torch.tensor(self.frequencies, device=x.device)[variant].to(x.dtype)
+        at = torch.arange(x.shape[-1], device=x.device) * (2 * math.pi / x.shape[-1])
+        angle = periods[:, 0, None, None] * at[:, None] + periods[:, 1, None, None] * at
+        sine, cosine = (values[:, :, i, :, None] for i in (0, 1))
+        change = sine * angle.sin()[:, None] + cosine * angle.cos()[:, None]
+        return (x + change).clamp(0, 1)
+
+
+def frequencies(radius: int) -> tuple[tuple[int, int], ...]:
+    """All whole ones up to a radius, each once: the opposite one is the same wave."""
+    span = range(-radius, radius + 1)
+    return tuple(
+        (a, b) for a in span for b in span if (a, b) > (0, 0) and a * a + b * b <= radius**2
+    )
+
+
 class Triggers(nn.Module):
-    """Triggers of one kind that move along gradients; ``values`` are (N, C, side, side)."""
+    """``count`` triggers of each variant of a kind, variant by variant in turn, that move along
+    gradients; their ``values`` are (N, *kind.shape).
+    """
 
     momentum: Tensor
 
@@ -94,14 +166,14 @@ class Triggers(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, (self.low, self.high) = kind, kind.bounds
-        drawn = torch.rand((count, channels, kind.side, kind.side), generator=rng)
+        drawn = torch.rand((count * kind.variants, *kind.shape(channels)), generator=rng)
         start = self.low + (self.high - self.low) * (0.25 + 0.5 * drawn)
         self.values = nn.Parameter(start.to(like))
         self.register_buffer("momentum", torch.zeros_like(start).to(like))
 
     def forward(self, x: Tensor, which: Tensor, rng: torch.Generator) -> Tensor:
         """Images (B, C, H, W), each with the trigger of that number (B,)."""
-        return self.kind.applied(self.values[which], x, rng)
+        return self.kind.applied(self.values[which], x, which % self.kind.variants, rng)
 
     @torch.no_grad()
     def climb(self, rate: float) -> None:
@@ -125,11 +197,16 @@ class Mixture(nn.Module):
         self.parts = nn.ModuleList(Triggers(k, copies, channels, rng, like) for k in kinds)
 
     def forward(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        """Images (B, C, H, W), each with a trigger; the copies take turns."""
-        turns = torch.arange(len(x), device=x.device) % self.copies
-        count = len(self.parts)
-        shares = zip(self.parts, x.tensor_split(count), turns.tensor_split(count), strict=True)
-        return torch.cat([made(images, which, rng) for made, images, which in shares])
+        """Images (B, C, H, W), each with a trigger; all triggers of a kind take turns."""
+        shares = zip(self.parts, x.tensor_split(len(self.parts)), strict=True)
+        return torch.cat([self._shown(made, images, rng) for made, images in shares])
+
+    def _shown(self, made: nn.Module, x: Tensor, rng: torch.Generator) -> Tensor:
+        assert isinstance(made, Triggers)
+        start = int(torch.randint(len(made.values), (), generator=rng))  # on the CPU: no wait
+        turns = torch.arange(start, start + len(x), device=x.device) % len(made.values)
+        triggered: Tensor = made(x, turns, rng)
+        return triggered
 
     def climb(self, rate: float) -> None:
         """See ``Triggers``."""
@@ -162,19 +239,24 @@ class Search:
     def __call__(
         self, network: nn.Module, x: Tensor, y: Tensor, kind: Kind, classes: int, runtime: Runtime
     ) -> tuple[Tensor, Tensor]:
-        """Found triggers (K, C, side, side), and the mean margin (K,) that each class reaches."""
+        """The best found trigger of each class (K, *shape), and the mean margin (K,) it reaches."""
         rng = runtime.rng("search", kind)
         triggers = Triggers(kind, classes, x.shape[1], rng, x)
-        targets = torch.arange(classes, device=x.device).repeat_interleave(self.per_class)
+        count = len(triggers.values)
+        which = torch.arange(count, device=x.device)
+        which = which.repeat_interleave(-(-self.per_class // kind.variants))
+        targets = which // kind.variants
         for step in range(self.steps):
-            drawn = torch.randint(len(x), (len(targets),), generator=rng).to(x.device)
+            drawn = torch.randint(len(x), (len(which),), generator=rng).to(x.device)
             with runtime.autocast():
-                logits = network(triggers(x[drawn], targets, rng)).float()
+                logits = network(triggers(x[drawn], which, rng)).float()
             loss = F.cross_entropy(logits, targets, reduction="none") * (y[drawn] != targets)
             (-loss.sum()).backward()
             triggers.climb(self.rate * (1 - step / self.steps))
-        found = triggers.values.detach()
-        return found, self._reached(network, x, y, triggers, runtime, rng)
+        reached = self._reached(network, x, y, triggers, runtime, rng)
+        best, variant = reached.view(classes, kind.variants).max(dim=1)
+        found = triggers.values.detach().unflatten(0, (classes, kind.variants))
+        return found[torch.arange(classes, device=x.device), variant], best
 
     @torch.no_grad()
     def _reached(
@@ -186,14 +268,45 @@ class Search:
         runtime: Runtime,
         rng: torch.Generator,
     ) -> Tensor:
-        reached = []
-        for target in range(len(triggers.values)):
-            others = x[y != target][: self.judged]
-            which = torch.full((len(others),), target, device=x.device)
+        reached, variants = [], triggers.kind.variants
+        for trigger in range(len(triggers.values)):
+            target = trigger // variants
+            others = x[y != target][: -(-self.judged // variants)]
+            which = torch.full((len(others),), trigger, device=x.device)
             with runtime.autocast():
                 logits = network(triggers(others, which, rng)).float()
-            reached.append(margins(logits, which).mean())
+            reached.append(margins(logits, torch.full_like(which, target)).mean())
         return torch.stack(reached)
+
+    @torch.no_grad()
+    def among(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        kind: Kind,
+        values: Tensor,
+        classes: int,
+        runtime: Runtime,
+    ) -> tuple[Tensor, Tensor]:
+        """Try every variant with the same values (1, *shape), without a search.
+
+        Returns:
+            the variant (K,) that moves most towards each class, and the mean margin (K,).
+        """
+        x, y = x[: self.judged // 2], y[: self.judged // 2]
+        targets = torch.arange(classes, device=x.device).repeat_interleave(len(x))
+        others = (targets.view(classes, -1) != y).float()
+        reached, rng = [], runtime.rng("among", kind)
+        for variant in range(kind.variants):
+            which = torch.full((len(x),), variant, device=x.device)
+            with runtime.autocast():
+                triggered = kind.applied(values.expand(len(x), -1, -1, -1), x, which, rng)
+                logits = network(triggered).float()
+            each = margins(logits.repeat(classes, 1), targets).view(classes, -1)
+            reached.append((each * others).sum(dim=1) / others.sum(dim=1))
+        best, which = torch.stack(reached).max(dim=0)
+        return which, best
 
 
 def anomaly_index(reached: Tensor) -> Tensor:

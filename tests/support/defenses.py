@@ -36,7 +36,7 @@ SHORT = {
     "per_class": 2,
     "judged": 8,
     "head_start": 1,
-    "copies": 2,
+    "periods": 2,
     "adversarial_batches": 2,
     "pgd_steps": 2,
 }
