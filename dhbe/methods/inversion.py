@@ -203,8 +203,9 @@ class Mixture(nn.Module):
 
     def _shown(self, made: nn.Module, x: Tensor, rng: torch.Generator) -> Tensor:
         assert isinstance(made, Triggers)
-        start = int(torch.randint(len(made.values), (), generator=rng))  # on the CPU: no wait
-        turns = torch.arange(start, start + len(x), device=x.device) % len(made.values)
+        count = len(made.values)
+        start = torch.randint(count, (), generator=rng, device=rng.device).to(x.device)
+        turns = (start + torch.arange(len(x), device=x.device)) % count
         triggered: Tensor = made(x, turns, rng)
         return triggered
 
