@@ -187,13 +187,12 @@ class Triggers(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Triggers of several kinds; each kind meets its share of a batch."""
+    """``copies`` triggers per kind and variant; each kind meets its share of a batch."""
 
     def __init__(
         self, kinds: Sequence[Kind], copies: int, channels: int, rng: torch.Generator, like: Tensor
     ) -> None:
         super().__init__()
-        self.copies = copies
         self.parts = nn.ModuleList(Triggers(k, copies, channels, rng, like) for k in kinds)
 
     def forward(self, x: Tensor, rng: torch.Generator) -> Tensor:
