@@ -117,11 +117,14 @@ VICTIMS = {
     "r_blend": Victim(blend(seed=21, side=8), 4, seed=3),
     "r_sig": Victim(partial(sig, periods=9, amplitude=16 / 255), 8, seed=6),
     "r_wanet": Victim(warp(seed=9), 2, seed=5, cover=True),
+    "abl": Victim(grid(29, 29), 0, "WRN-16-1-gridTrigger-targetLB0.tar"),
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),
     "clean": Victim(None, -1, BASE),
     "clean56": Victim(None, -1, "resnet56-4bfd9763.th"),
 }
-"""The first three chose the setting of dhbe_guided, the first four that of scan_unlearn."""
+"""The first three chose the setting of dhbe_guided; the first five, nad and clean that of auto."""
+RAW = ("nad", "abl")
+"""Networks over pixels in [0, 1]; ABL's file is in weight/backdoored_model of bboylyg/ABL."""
 
 
 def images(part: str) -> tuple[Tensor, Tensor]:
@@ -146,8 +149,8 @@ def network(name: str, folder: Path) -> nn.Module:
         made = finetuned(victim)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(made.state_dict(), file)
-    if name == "nad":
-        return nad_network(file)
+    if name in RAW:
+        return wide_network(file)
     net = ResNet(16, (9, 9, 9) if name == "clean56" else (3, 3, 3), classes=10)
     net.load_state_dict(weights(file))
     return net.eval()
@@ -188,8 +191,8 @@ def finetuned(victim: Victim) -> nn.Module:
     return net
 
 
-def nad_network(file: Path) -> nn.Module:
-    """NAD's WRN-16-1 over pixels in [0, 1], from the layout of xternalz."""
+def wide_network(file: Path) -> nn.Module:
+    """NAD's or ABL's WRN-16-1 over pixels in [0, 1], from the layout of xternalz."""
     held = weights(file)
     own = {"bn1": "bn", "fc": "head", "conv1": "conv1"}
     renamed = {}
@@ -211,7 +214,7 @@ def measured(net: nn.Module, name: str, x: Tensor, y: Tensor) -> tuple[float, fl
     victim = VICTIMS[name]
 
     def predicted(pixels: Tensor) -> Tensor:
-        inputs = pixels if name == "nad" else normalized(pixels)
+        inputs = pixels if name in RAW else normalized(pixels)
         return torch.cat([net(part).argmax(1) for part in inputs.split(500)])
 
     acc = 100 * float((predicted(x / 255) == y).float().mean())
@@ -246,7 +249,7 @@ def main() -> None:
                     net,
                     image_size=32,
                     classes=10,
-                    normalization="none" if name == "nad" else IMAGENET,
+                    normalization="none" if name in RAW else IMAGENET,
                     defense=defense,
                     overrides=[f"seed={seed}", *options.set],
                 )

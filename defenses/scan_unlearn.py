@@ -37,7 +37,8 @@ class ScanUnlearn(Defense):
 
     Args:
         threshold: of ``Evidence.index``.
-        copies: triggers per kind and variant; they climb ``head_start`` steps before the student's first one.
+        copies: triggers per kind and variant; they climb ``head_start`` steps before the
+            student's first one.
         pace: their step, as a share of the range of values.
         weight: w.
     """

@@ -187,7 +187,7 @@ class Triggers(nn.Module):
 
 
 class Mixture(nn.Module):
-    """``copies`` triggers per kind and variant; each kind meets its share of a batch."""
+    """``copies`` triggers per kind and variant; a kind meets its share of a batch."""
 
     def __init__(
         self, kinds: Sequence[Kind], copies: int, channels: int, rng: torch.Generator, like: Tensor
