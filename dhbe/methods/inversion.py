@@ -41,7 +41,7 @@ class Kind(ABC):
         return channels, self.side, self.side
 
     def shown(self, values: Tensor) -> Tensor:
-        """The values as pictures: 0 to 1 over the range."""
+        """Values (N, *shape) as pictures: 0 to 1 over the range."""
         low, high = self.bounds
         return (values - low) / (high - low)
 

@@ -76,7 +76,7 @@ class Scan:
     def __call__(
         self, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime
     ) -> list[Evidence]:
-        """The class that each kind speaks for most, on images (N, C, H, W) of classes (N,)."""
+        """The class that each kind speaks for most, with images (N, C, H, W) of classes (N,)."""
         found, shown = [], []
         for family, kinds in self.families(network.spec).items():
             for kind in kinds:
@@ -89,7 +89,10 @@ class Scan:
         return [*found, self.waves(network, x, y, runtime)]
 
     def waves(self, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime) -> Evidence:
-        """Every sinusoid is tried: sought by gradients, those of other classes did as well."""
+        """The sinusoid that moves images (N, C, H, W) most, after a trial of every one.
+
+        Sought by gradients, other frequencies did as well, for every class.
+        """
         every = Wave(amplitude=self.wave, frequencies=frequencies(self.periods))
         sine = torch.tensor([self.wave, 0.0]).view(1, 1, 2, 1).expand(1, x.shape[1], 2, 1).to(x)
         which, reached = self.search.among(
