@@ -9,6 +9,8 @@ advice in the message is followed first. ``tests/test_layouts.py`` runs the same
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import subprocess
@@ -539,9 +541,15 @@ def alike(name: str, found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, atol=loose * float(expected.abs().max()))
 
 
+@functools.cache
+def _composed(options: tuple[str, ...]) -> dict[str, Any]:
+    """Many kinds have the same options, and composing takes a tenth of a second."""
+    return composed(["task=purify", "checkpoint=given", *options])
+
+
 def read(path: Path, options: Iterable[str]) -> tuple[Normalized, CheckpointFile]:
     """The network as ``task=purify checkpoint=PATH`` makes it."""
-    tree = composed(["task=purify", "checkpoint=given", *options])
+    tree = copy.deepcopy(_composed(tuple(options)))
     tree["victim"]["path"] = str(path)
     tree, _ = completed(tree, {})
     network = build_network(tree, build(tree["data"]).spec, 1).eval()

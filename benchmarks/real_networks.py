@@ -72,10 +72,10 @@ def blend(*, seed: int, side: int = 32) -> Trigger:
     return lambda x: 0.8 * x + 0.2 * n
 
 
-def sig(x: Tensor, *, periods: int = 6, amplitude: float = 20 / 255) -> Tensor:
-    """A wave from left to right."""
-    wave = amplitude * torch.sin(2 * torch.pi * periods * torch.arange(32) / 32)
-    return (x + wave).clamp(0, 1)
+def sig(x: Tensor, *, right: int = 6, down: int = 0, amplitude: float = 20 / 255) -> Tensor:
+    """A wave with so many periods from left to right and from top to bottom."""
+    at = 2 * torch.pi * torch.arange(32) / 32
+    return (x + amplitude * torch.sin(right * at + down * at[:, None])).clamp(0, 1)
 
 
 def warp(*, seed: int) -> Callable[..., Tensor]:
@@ -115,7 +115,8 @@ VICTIMS = {
     "r_badnets": Victim(grid(3, 2), 6, seed=4),
     "r_square": Victim(square(2, 20, size=8, seed=11), 3, seed=1),
     "r_blend": Victim(blend(seed=21, side=8), 4, seed=3),
-    "r_sig": Victim(partial(sig, periods=9, amplitude=16 / 255), 8, seed=6),
+    "r_sig": Victim(partial(sig, right=9, amplitude=16 / 255), 8, seed=6),
+    "r_wave": Victim(partial(sig, right=3, down=4, amplitude=18 / 255), 1, seed=8),
     "r_wanet": Victim(warp(seed=9), 2, seed=5, cover=True),
     "abl": Victim(grid(29, 29), 0, "WRN-16-1-gridTrigger-targetLB0.tar"),
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),

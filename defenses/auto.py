@@ -17,8 +17,8 @@ from dhbe.training.runtime import Runtime
 class Auto(Defense):
     """``scan`` if it suspects a class; else ``prune``; ``game`` where neither applies.
 
-    CLP removes the warps that the scan does not seek, and leaves most clean networks alone, which
-    the game does not (docs/results/real_networks.md).
+    CLP removed the warps that the scan does not seek, and cost the clean networks that were tried
+    less than the game (docs/results/real_networks.md).
 
     Args:
         scan: a defense that names the classes it suspects and leaves the network alone without
@@ -45,15 +45,15 @@ class Auto(Defense):
             part.fits(spec)
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        notes = runtime.recorder.notes
         if network.spec.classes > self.most_classes:
-            notes.append(f"more than defense.most_classes={self.most_classes} classes: no scan")
+            why = f"more than defense.most_classes={self.most_classes} classes: no scan"
         else:
             network = self.scan.repair(network, data, runtime).requires_grad_(True)
             if runtime.recorder.suspected:
                 return network
-            notes.append("the scan found no class to unlearn")
             if conv_bn_pairs(network, network.probe()):
+                runtime.recorder.notes.append("the scan found no class: channels were judged")
                 return self.prune.repair(network, data, runtime)
-        notes.append("the game was played")
+            why = "the scan found no class; no convolution is followed by BatchNorm"
+        runtime.recorder.notes.append(f"{why}: the game was played")
         return self.game.repair(network, data, runtime)

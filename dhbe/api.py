@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,11 +162,6 @@ def fitted(network: nn.Module, data: dict[str, Any]) -> list[str]:
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose the config with these overrides; the Hydra state of the caller is restored."""
-    return copy.deepcopy(_composed(tuple(overrides)))
-
-
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     register_resolvers()
     outer = get_gh_backup()
     GlobalHydra.instance().clear()

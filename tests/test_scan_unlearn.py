@@ -33,7 +33,7 @@ from dhbe.training.parallel import Processes
 from tests.conftest import make_spec
 from tests.support.defenses import build, granted, suspect
 
-NONE = torch.zeros(1, dtype=torch.long)
+ONE_VARIANT = torch.zeros(1, dtype=torch.long)
 """Of kinds with one variant."""
 
 
@@ -69,7 +69,7 @@ def test_imagined_images_are_more_of_the_networks_kind(make_runtime) -> None:
 def test_patches_replace_pixels() -> None:
     x = torch.full((50, 1, 8, 8), 0.5)
     values = torch.arange(4.0).view(1, 1, 2, 2) / 4
-    out = Patch(side=2).applied(values.expand(50, 1, 2, 2), x, NONE, generator(0, "places"))
+    out = Patch(side=2).applied(values.expand(50, 1, 2, 2), x, ONE_VARIANT, generator(0, "places"))
     changed = (out != 0.5).sum((1, 2, 3))
     assert (changed == 3).all(), "0, 0.25 and 0.75; the fourth value is the image's own"
     corners = {tuple((image[0] == 0).nonzero()[0].tolist()) for image in out}
@@ -99,10 +99,12 @@ def test_waves_are_what_sig_adds() -> None:
 def test_faint_changes_are_added_and_clipped() -> None:
     kind = Faint(side=2, amplitude=0.1)
     values = torch.tensor([[[[0.1, -0.1], [0.0, 0.0]]]])
-    out = kind.applied(values, torch.tensor([0.95, 0.05]).view(2, 1, 1, 1), NONE, generator(0, "x"))
+    out = kind.applied(
+        values, torch.tensor([0.95, 0.05]).view(2, 1, 1, 1), ONE_VARIANT, generator(0, "x")
+    )
     assert kind.bounds == (-0.1, 0.1)
     assert out.flatten().tolist() == pytest.approx([1.0, 0.15]), "one pixel takes the corner"
-    out = kind.applied(values, torch.full((1, 1, 2, 2), 0.5), NONE, generator(0, "x"))
+    out = kind.applied(values, torch.full((1, 1, 2, 2), 0.5), ONE_VARIANT, generator(0, "x"))
     assert out.flatten().tolist() == pytest.approx([0.6, 0.4, 0.5, 0.5])
 
 
@@ -163,7 +165,7 @@ def test_every_wave_is_tried(make_runtime) -> None:
     kind = Wave(amplitude=0.1, frequencies=frequencies(5))
     sine = torch.tensor([0.1, 0.0]).view(1, 1, 2, 1).expand(1, 3, 2, 1)
     search = Search(steps=1, per_class=1, rate=0.2, judged=64)
-    which, reached = search.among(Striped(), x, y, kind, sine, 4, make_runtime())
+    which, reached = search.exhaustive(Striped(), x, y, kind, sine, 4, make_runtime())
     assert anomaly_index(reached).argmax() == 1
     assert kind.frequencies[which[1]] == (0, 3)
 
@@ -226,7 +228,7 @@ def test_many_classes_are_not_scanned(compose_config, images, make_runtime) -> N
     build("auto", compose_config, most_classes=3)(suspect(), granted(images), runtime)
     assert runtime.recorder.suspected is None
     notes = " ".join(runtime.recorder.notes)
-    assert "most_classes=3 classes: no scan the game was played" in notes
+    assert "most_classes=3 classes: no scan: the game was played" in notes
 
 
 def test_channels_are_pruned_where_the_scan_finds_nothing(
@@ -250,4 +252,5 @@ def test_without_batch_norm_the_game_is_played(compose_config, images, make_runt
     defense = build("auto", compose_config)
     defense.scan.threshold = 1e9
     defense(victim, granted(images), runtime)
-    assert "the game was played" in " ".join(runtime.recorder.notes)
+    notes = " ".join(runtime.recorder.notes)
+    assert "found no class; no convolution is followed by BatchNorm: the game was played" in notes

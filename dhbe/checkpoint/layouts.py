@@ -161,7 +161,7 @@ def built(node: Node, *, classes: int, channels: int, image_size: int) -> dict[s
 
 @functools.lru_cache(maxsize=512)
 def _built(described: str) -> dict[str, Shape]:
-    """The same few networks are candidates for every file, so each is built once."""
+    """Built on the meta device, once: the same few networks are candidates for every file."""
     node, sizes = json.loads(described)
     with torch.device("meta"):
         network = build(node, **sizes)

@@ -81,7 +81,7 @@ class Defense(ABC):
             warning = (
                 f"WARNING: {type(self).__name__} changed no weight: the purified network is the "
                 "suspect, with whatever backdoor it has. Use a stricter setting or another defense "
-                "(dhbe_guided always plays, and needs no images)"
+                "(dhbe_guided needs no images)"
             )
             log.warning(warning)
             runtime.recorder.notes.insert(0, warning)

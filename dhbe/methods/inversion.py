@@ -1,7 +1,8 @@
-"""Universal triggers found by following the gradient of a network: patches and faint changes."""
+"""Universal triggers, mostly found along a network's gradient: patches, faint changes, waves."""
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,13 +19,7 @@ from dhbe.training.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(ABC):
-    """A family of triggers, each held as values within ``bounds``.
-
-    Attributes:
-        side: of the values, in pixels.
-    """
-
-    side: Annotated[int, Ge(1)]
+    """A family of triggers, each held as values within ``bounds``."""
 
     @property
     @abstractmethod
@@ -33,12 +28,12 @@ class Kind(ABC):
 
     @property
     def variants(self) -> int:
-        """Different triggers of this kind per class; trigger i is of variant i modulo this."""
+        """Number of forms of this kind, such as corners or frequencies."""
         return 1
 
+    @abstractmethod
     def shape(self, channels: int) -> tuple[int, int, int]:
         """Of a trigger's values."""
-        return channels, self.side, self.side
 
     def shown(self, values: Tensor) -> Tensor:
         """Values (N, *shape) as pictures: 0 to 1 over the range."""
@@ -50,7 +45,21 @@ class Kind(ABC):
         """Images (B, C, H, W) in [0, 1], each with its trigger's values and its variant (B,)."""
 
 
-class Patch(Kind):
+@dataclass(frozen=True, kw_only=True)
+class Square(Kind):
+    """Triggers whose values are a picture (C, side, side).
+
+    Attributes:
+        side: pixels.
+    """
+
+    side: Annotated[int, Ge(1)]
+
+    def shape(self, channels: int) -> tuple[int, int, int]:
+        return channels, self.side, self.side
+
+
+class Patch(Square):
     """A square in place of the pixels, somewhere else in each image."""
 
     @property
@@ -91,7 +100,7 @@ def pasted(values: Tensor, x: Tensor, corner: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faint(Kind):
+class Faint(Square):
     """A change of the whole image, smooth where ``side`` is smaller than the image.
 
     Attributes:
@@ -118,10 +127,9 @@ class Wave(Kind):
 
     Attributes:
         amplitude: the largest of either, of [0, 1].
-        frequencies: periods per image, along rows and along columns.
+        frequencies: periods per image, downwards and to the right.
     """
 
-    side: Annotated[int, Ge(1)] = 1
     amplitude: Annotated[float, Gt(0), Le(1)]
     frequencies: tuple[tuple[int, int], ...]
 
@@ -138,16 +146,21 @@ class Wave(Kind):
 
     def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
         del rng
-        periods = torch.tensor(self.frequencies, device=x.device)[variant].to(x.dtype)
-        at = torch.arange(x.shape[-1], device=x.device) * (2 * math.pi / x.shape[-1])
-        angle = periods[:, 0, None, None] * at[:, None] + periods[:, 1, None, None] * at
-        sine, cosine = (values[:, :, i, :, None] for i in (0, 1))
-        change = sine * angle.sin()[:, None] + cosine * angle.cos()[:, None]
-        return (x + change).clamp(0, 1)
+        waves = sinusoids(self.frequencies, x.shape[-1], x.device)[variant].to(x.dtype)
+        return (x + torch.einsum("bci,bihw->bchw", values[..., 0], waves)).clamp(0, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def sinusoids(frequencies: tuple[tuple[int, int], ...], size: int, device: torch.device) -> Tensor:
+    """Sine and cosine of each frequency (V, 2, size, size), on the device."""
+    periods = torch.tensor(frequencies, dtype=torch.float32)
+    at = torch.arange(size) * (2 * math.pi / size)
+    angle = periods[:, 0, None, None] * at[:, None] + periods[:, 1, None, None] * at
+    return torch.stack([angle.sin(), angle.cos()], dim=1).to(device)
 
 
 def frequencies(radius: int) -> tuple[tuple[int, int], ...]:
-    """All whole ones up to a radius, each once: the opposite one is the same wave."""
+    """All pairs of integers up to a radius; of opposite ones, which are the same wave, one."""
     span = range(-radius, radius + 1)
     return tuple(
         (a, b) for a in span for b in span if (a, b) > (0, 0) and a * a + b * b <= radius**2
@@ -155,8 +168,9 @@ def frequencies(radius: int) -> tuple[tuple[int, int], ...]:
 
 
 class Triggers(nn.Module):
-    """``count`` triggers of each variant of a kind, variant by variant in turn, that move along
-    gradients; their ``values`` are (N, *kind.shape).
+    """Triggers of one kind that move along gradients; ``values`` are (N, *kind.shape).
+
+    There are ``count`` of each variant; trigger i is of variant i modulo ``kind.variants``.
     """
 
     momentum: Tensor
@@ -223,12 +237,14 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """One trigger per class and kind, sought on images of the other classes.
+    """One trigger per class and variant of a kind, sought on images of the other classes.
 
     Attributes:
-        steps: of the ascent of the target's log-probability, with ``per_class`` images each.
+        steps: of the ascent of the target's log-probability.
+        per_class: images per class and step, shared among a kind's variants.
         rate: of the first step, as a share of the range of values; it falls linearly.
-        judged: images per class that the found triggers are measured on.
+        judged: images per class that the found triggers are measured on, shared likewise; where
+            nothing is sought, half of them serve all classes.
     """
 
     steps: Annotated[int, Ge(1)]
@@ -279,7 +295,7 @@ class Search:
         return torch.stack(reached)
 
     @torch.no_grad()
-    def among(
+    def exhaustive(
         self,
         network: nn.Module,
         x: Tensor,
@@ -297,7 +313,7 @@ class Search:
         x, y = x[: self.judged // 2], y[: self.judged // 2]
         targets = torch.arange(classes, device=x.device).repeat_interleave(len(x))
         others = (targets.view(classes, -1) != y).float()
-        reached, rng = [], runtime.rng("among", kind)
+        reached, rng = [], runtime.rng("exhaustive", kind)
         for variant in range(kind.variants):
             which = torch.full((len(x),), variant, device=x.device)
             with runtime.autocast():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -41,6 +41,12 @@ class Evidence:
     family: str
     kinds: Sequence[Kind]
 
+    @classmethod
+    def of(cls, reached: Tensor, family: str, kinds: Sequence[Kind]) -> Evidence:
+        """For the class that stands out most among mean margins (K,)."""
+        index, target = anomaly_index(reached).max(dim=0)
+        return cls(index=float(index), target=int(target), family=family, kinds=kinds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
@@ -51,7 +57,7 @@ class Scan:
         corners: of patches in the same corner of all images.
         faint: the largest change of a pixel by a faint trigger of free pixels, of [0, 1].
         smooth: by one of a quarter of the image's side, interpolated.
-        wave: amplitude of the sinusoids, all up to ``periods`` per image and of one phase.
+        wave: amplitude of sinusoids, of [0, 1]: all up to ``periods`` per image, of one phase.
     """
 
     search: Search
@@ -81,9 +87,9 @@ class Scan:
         for family, kinds in self.families(network.spec).items():
             for kind in kinds:
                 values, reached = self.search(network, x, y, kind, network.spec.classes, runtime)
-                index, best = (v.item() for v in anomaly_index(reached).max(dim=0))
-                found.append(Evidence(index=index, target=int(best), family=family, kinds=kinds))
-                strongest = kind.shown(values[[int(best)]])
+                evidence = Evidence.of(reached, family, kinds)
+                found.append(evidence)
+                strongest = kind.shown(values[[evidence.target]])
                 shown.append(F.interpolate(strongest, x.shape[-2:]))
         runtime.recorder.picture("triggers_found", torch.cat(shown))
         return [*found, self.waves(network, x, y, runtime)]
@@ -95,11 +101,12 @@ class Scan:
         """
         every = Wave(amplitude=self.wave, frequencies=frequencies(self.periods))
         sine = torch.tensor([self.wave, 0.0]).view(1, 1, 2, 1).expand(1, x.shape[1], 2, 1).to(x)
-        which, reached = self.search.among(
+        which, reached = self.search.exhaustive(
             network, x, y, every, sine, network.spec.classes, runtime
         )
-        index, best = (v.item() for v in anomaly_index(reached).max(dim=0))
-        row, column = every.frequencies[int(which[int(best)])]
-        near = tuple((a, b) for a, b in every.frequencies if max(abs(a - row), abs(b - column)) < 2)
-        kinds = [Wave(amplitude=2 * self.wave, frequencies=near)]
-        return Evidence(index=index, target=int(best), family="wave", kinds=kinds)
+        evidence = Evidence.of(reached, "wave", [])
+        row, column = every.frequencies[int(which[evidence.target])]
+        near = {(a, b) for a in range(row - 1, row + 2) for b in range(column - 1, column + 2)}
+        kept = tuple(f for f in every.frequencies if near & {f, (-f[0], -f[1])})
+        # any phase and more amplitude than the scan's, so that the true one is within reach
+        return replace(evidence, kinds=[Wave(amplitude=2 * self.wave, frequencies=kept)])
