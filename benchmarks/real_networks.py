@@ -121,6 +121,8 @@ VICTIMS = {
     "abl": Victim(grid(29, 29), 0, "WRN-16-1-gridTrigger-targetLB0.tar"),
     "nad": Victim(nad, 5, "WRN-16-1-S-model_best.pth.tar"),
     "clean": Victim(None, -1, BASE),
+    "clean32": Victim(None, -1, "resnet32-d509ac18.th"),
+    "clean44": Victim(None, -1, "resnet44-014dd654.th"),
     "clean56": Victim(None, -1, "resnet56-4bfd9763.th"),
 }
 """The first three chose the setting of dhbe_guided; the first five, nad and clean that of auto."""
@@ -152,7 +154,8 @@ def network(name: str, folder: Path) -> nn.Module:
         torch.save(made.state_dict(), file)
     if name in RAW:
         return wide_network(file)
-    net = ResNet(16, (9, 9, 9) if name == "clean56" else (3, 3, 3), classes=10)
+    depth = int(name.removeprefix("clean") or 20) if name.startswith("clean") else 20
+    net = ResNet(16, ((depth - 2) // 6,) * 3, classes=10)
     net.load_state_dict(weights(file))
     return net.eval()
 
