@@ -7,6 +7,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from dhbe.contracts.defense import Defense
+from dhbe.core.errors import ConfigError
 from dhbe.core.types import DataSpec
 from dhbe.data import DefenderData
 from dhbe.models import Normalized
@@ -41,8 +42,12 @@ class Auto(Defense):
         self.most_classes = most_classes
 
     def fits(self, spec: DataSpec) -> None:
-        for part in (self.scan, self.prune, self.game):
-            part.fits(spec)
+        for name in ("scan", "prune", "game"):
+            try:
+                getattr(self, name).fits(spec)
+            except ConfigError as error:  # the part's keys lie one level deeper here
+                said = str(error).replace("defense.", f"defense.{name}.", 1)
+                raise ConfigError(said) from error
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         if network.spec.classes > self.most_classes:

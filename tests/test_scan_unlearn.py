@@ -206,8 +206,13 @@ def test_only_evidence_changes_the_network(compose_config, images, make_runtime)
 def test_a_patch_larger_than_the_image_is_refused(compose_config, size: int, key: str) -> None:
     defense = build("scan_unlearn", compose_config)
     defense.scan = replace(defense.scan, patches=[3]) if size == 4 else defense.scan
-    with pytest.raises(ConfigError, match=rf"defense\.scan\.{key}.* at most"):
+    with pytest.raises(ConfigError, match=rf"^defense\.scan\.{key}.* at most"):
         defense.fits(make_spec(image_size=size))
+
+
+def test_a_part_of_auto_names_its_own_key(compose_config) -> None:
+    with pytest.raises(ConfigError, match=r"^defense\.scan\.scan\.patches=.* at most"):
+        build("auto", compose_config).fits(make_spec(image_size=7))
 
 
 def test_a_network_without_statistics_is_scanned_too(compose_config, images, make_runtime) -> None:
