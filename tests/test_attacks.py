@@ -25,8 +25,9 @@ from dhbe.evaluation.metrics import rates
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.victim.store import Making, VictimStore
 from dhbe.victim.train import train
-from tests.conftest import CONF, make_spec, names
+from tests.conftest import CONF, names
 from tests.support.attacks import badnets, batch, build, prepare, tiny
+from tests.support.fixtures import make_spec
 
 ATTACKS = names("attack")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dhbe.checkpoint import Checkpoint, CheckpointFile, completed
 from dhbe.core.errors import ArtefactError, ConfigError
-from tests.conftest import small
+from tests.support.fixtures import small
 from tests.support.networks import PreAct
 from tests.support.writers import WRAPPINGS, Weights, backdoorbench, lightning
 

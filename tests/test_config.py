@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -14,20 +15,31 @@ from dhbe.training.schedule import SGDSchedule
 from tests.conftest import CONF, ROOT, names
 
 GROUPS = ("model", "attack", "defense", "budget", "trainer", "logger")
-CHOICES = [(g, n) for g in GROUPS for n in names(g)]
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda x: x)
-def test_every_config_fits_its_component(group: str, name: str, compose_config) -> None:
-    named = {
-        "picture": ["attack.path=trigger.png"],
-        "own": ["model.factory=mynet.py:build"],
-        "timm": ["model.name=resnet10t"],
-        "torchvision": ["model.name=resnet18"],
+def in_turn(groups: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Choices in which each name of each group occurs at least once."""
+    longest = max(map(len, groups.values()))
+    return [{g: n[i % len(n)] for g, n in groups.items()} for i in range(longest)]
+
+
+def fitting(tree: dict[str, Any], groups: Iterable[str]) -> None:
+    for group in groups:
+        assert errors_in(tree[group], group, frozenset(SUPPLIED.get(group, ()))) == []
+
+
+@pytest.mark.parametrize(
+    "chosen", in_turn({g: names(g) for g in GROUPS}), ids=lambda c: "-".join(c.values())
+)
+def test_every_config_fits_its_component(chosen: dict[str, str], compose_config) -> None:
+    required = {
+        "attack=picture": "attack.path=trigger.png",
+        "model=own": "model.factory=mynet.py:build",
+        "model=timm": "model.name=resnet10t",
+        "model=torchvision": "model.name=resnet18",
     }
-    extra = [] if group == "budget" else named.get(name, [])
-    node = plain(compose_config(f"{group}={name}", *extra))[group]
-    assert errors_in(node, group, frozenset(SUPPLIED.get(group, ()))) == []
+    words = [f"{group}={name}" for group, name in chosen.items()]
+    fitting(plain(compose_config(*words, *(required[w] for w in words if w in required))), GROUPS)
 
 
 @pytest.mark.parametrize("name", names("experiment"))
@@ -174,17 +186,24 @@ def test_a_cell_is_the_same_on_another_mount(
     assert cell_name(tree) == before
 
 
-PATCHES = sorted((CONF / "scale").glob("*/*/*.yaml"))
+def patched(scale: str) -> dict[str, list[str]]:
+    """What a scale knows of, by group."""
+    folders = sorted(p for p in (CONF / "scale" / scale).iterdir() if p.is_dir())
+    return {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in folders}
 
 
-@pytest.mark.parametrize("file", PATCHES, ids=lambda f: "/".join(f.parts[-3:]))
-def test_every_patch_fits_and_changes_its_method(file: Path, compose_config) -> None:
-    scale, group, name = *file.parts[-3:-1], file.stem
-    paper, patched = (
-        plain(compose_config(f"{group}={name}", f"scale={s}"))[group] for s in ("paper", scale)
-    )
-    assert errors_in(patched, group, frozenset(SUPPLIED.get(group, ()))) == []
-    assert patched != paper
+@pytest.mark.parametrize(
+    ("scale", "chosen"),
+    [(s, c) for s in ("cpu", "quick") for c in in_turn(patched(s))],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
+)
+def test_every_patch_fits_and_changes_its_method(
+    scale: str, chosen: dict[str, str], compose_config
+) -> None:
+    words = [f"{group}={name}" for group, name in chosen.items()]
+    paper, changed = (plain(compose_config(*words, f"scale={s}")) for s in ("paper", scale))
+    fitting(changed, chosen)
+    assert not [group for group in chosen if changed[group] == paper[group]]
 
 
 def test_what_a_scale_does_not_know_stays_as_published(compose_config) -> None:

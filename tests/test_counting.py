@@ -20,7 +20,7 @@ from dhbe.report.folder import si, speeds, work
 from dhbe.training.runtime import Runtime
 from dhbe.training.supervised import Loss, Supervised, cross_entropy
 from dhbe.training.work import Counting
-from tests.conftest import make_spec, small
+from tests.support.fixtures import make_spec, small
 from tests.support.game import CPU, make_game, players
 from tests.support.victim import StopAfter, schedule
 

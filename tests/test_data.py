@@ -25,7 +25,8 @@ from dhbe.data import Data, Resident, TrainingBatches, augment, to_float
 from dhbe.data.loader import augmented, rotate
 from dhbe.data.sources import Folder, Parquet, Torchvision
 from dhbe.data.splits import stratified
-from tests.conftest import CONF, ROOT, make_spec, names, needs_data
+from tests.conftest import CONF, ROOT, names, needs_data
+from tests.support.fixtures import make_spec
 
 EMBEDDED = ROOT / "dhbe" / "data" / "embedded"
 

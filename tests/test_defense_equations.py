@@ -36,9 +36,9 @@ from dhbe.models.shortcuts import (
     blocks,
 )
 from dhbe.training.schedule import Cosine, SGDSchedule
-from tests.conftest import make_spec
 from tests.support.attacks import tiny
 from tests.support.defenses import batch, build, granted, self_labelled, suspect
+from tests.support.fixtures import make_spec
 
 SPEC = make_spec()
 

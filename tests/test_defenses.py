@@ -26,7 +26,7 @@ from dhbe.models.preact import PreActBlock, PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import resnet
 from dhbe.training.recorder import Recorder
 from dhbe.training.schedule import Cosine, SGDSchedule
-from tests.conftest import CONF, ROOT, make_spec
+from tests.conftest import CONF, ROOT
 from tests.support.defenses import (
     DEFENSES,
     build,
@@ -34,6 +34,22 @@ from tests.support.defenses import (
     rich,
     suspect,
 )
+from tests.support.fixtures import make_spec
+
+DOORS = ("clean", "validation", "poisoned", "incoming", "oracle")
+
+
+def watched(data: DefenderData) -> tuple[DefenderData, set[str]]:
+    """The same data, and the names of the doors that are opened."""
+    asked: set[str] = set()
+
+    def spy(door, real, *args, **kwargs):
+        asked.add(door)
+        return real(*args, **kwargs)
+
+    for door in DOORS:
+        setattr(data, door, partial(spy, door, getattr(data, door)))
+    return data, asked
 
 
 class Forbidden(DefenderData):
@@ -60,10 +76,14 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
     needs = defense.needs
     free = not (needs.clean or needs.poisoned or needs.incoming)
     results = []
-    for work in ("a", "b"):
-        data = Forbidden(Budget(name="none")) if free else rich(images)
-        runtime = make_runtime(work=work)
+    offered, asked = watched(rich(images))
+    for data in (Forbidden(Budget(name="none")) if free else rich(images), offered):
+        runtime = make_runtime(work=f"run{len(results)}")
         results.append(defense(victim, data, runtime))
+    owned = {"clean", "validation"} if needs.clean else set()
+    owned |= {d for d in ("poisoned", "incoming") if getattr(needs, d)}
+    assert asked <= owned, "looks at what it does not declare"
+    assert asked or not owned, "declares a need that it does not use"
     said = " ".join(runtime.recorder.notes)
     detects = name.startswith(("auto", "cetf", "neural_cleanse", "scan_unlearn", "ulrl"))
     assert (runtime.recorder.suspected is not None) == detects
@@ -141,26 +161,6 @@ def test_every_method_takes_every_kind_of_network(
         "auto",
     )
     assert changed or may_stay, "these may find nothing to prune or no trigger"
-
-
-@pytest.mark.parametrize("name", DEFENSES)
-def test_no_look_beyond_the_needs(name: str, compose_config, images, make_runtime) -> None:
-    """What a defense looks at is what it declares, though it is offered everything."""
-    defense = build(name, compose_config)
-    data, asked = rich(images), set()
-
-    def spy(door, real, *args, **kwargs):
-        asked.add(door)
-        return real(*args, **kwargs)
-
-    for door in ("clean", "validation", "poisoned", "incoming", "oracle"):
-        setattr(data, door, partial(spy, door, getattr(data, door)))
-    defense(suspect(), data, make_runtime())
-    needs = defense.needs
-    owned = {"clean", "validation"} if needs.clean else set()
-    owned |= {d for d in ("poisoned", "incoming") if getattr(needs, d)}
-    assert asked <= owned
-    assert asked or not owned, "declares a need that it does not use"
 
 
 @pytest.mark.parametrize("name", DEFENSES)

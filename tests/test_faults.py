@@ -31,9 +31,10 @@ from dhbe.data.sources import Torchvision
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.experiment import contents, pipeline
 from dhbe.experiment.folder import ResultFolder
-from tests.conftest import ROOT, make_spec, small
+from tests.conftest import ROOT
 from tests.support.cli import TINY, metrics, run
 from tests.support.commands import Command
+from tests.support.fixtures import make_spec, small
 
 LONG = (*TINY[:3], "victim.epochs=30", "trainer.threads=1", "defense=clp", "hydra.run.dir=out")
 CHOICES = {"data": "tiny", "model": "resnet_tiny", "attack": "badnets", "defense": "clp"}

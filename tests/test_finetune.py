@@ -24,8 +24,9 @@ from dhbe.report.collect import collect
 from dhbe.training.schedule import Linear, SGDSchedule
 from dhbe.victim.finetune import FinetunedVictim
 from dhbe.victim.source import VictimRequest, no_attack
-from tests.conftest import make_spec, names, small
+from tests.conftest import names
 from tests.support.attacks import build, tiny
+from tests.support.fixtures import make_spec, small
 
 ATTACKS = names("attack")
 

@@ -25,7 +25,7 @@ from dhbe.experiment.pipeline import run
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
 from dhbe.victim.source import build_network
-from tests.conftest import small
+from tests.support.fixtures import small
 from tests.support.networks import PreAct, Wide
 from tests.support.writers import Wrapped, backdoorbench, prefixed, save_all
 

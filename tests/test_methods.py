@@ -29,9 +29,9 @@ from dhbe.models.normalized import fresh
 from dhbe.models.other import vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet
 from dhbe.models.resnet import resnet
-from tests.conftest import make_spec
 from tests.support.attacks import tiny
 from tests.support.defenses import batch, build, granted, self_labelled
+from tests.support.fixtures import make_spec
 
 SPEC = make_spec()
 

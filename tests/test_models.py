@@ -9,7 +9,8 @@ from hydra.utils import instantiate
 from dhbe.config.schema import plain
 from dhbe.core.errors import ConfigError
 from dhbe.models import Normalized
-from tests.conftest import make_spec, names
+from tests.conftest import names
+from tests.support.fixtures import make_spec
 
 PARAMETERS = {
     "resnet18": 11_173_962,

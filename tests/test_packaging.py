@@ -58,16 +58,30 @@ def test_only_dhbe_is_installed(installed: Path) -> None:
     assert sweeps == [installed / "dhbe" / "conf" / "sweep" / "poison_rate.yaml"]
 
 
+CALLED = """
+import ast, sys
+from dhbe.cli import main, purify
+from dhbe.report.__main__ import main as report
+for name, words in ast.literal_eval(sys.argv[1]):
+    sys.argv = [name, *words]
+    try:
+        globals()[name]()
+    except SystemExit as end:
+        assert not end.code, name
+"""
+"""One interpreter for all: most of its time goes into imports."""
+
+
 def test_commands_work_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    code = "import sys; from dhbe.cli import main; sys.argv[0] = 'dhbe'; main()"
-    assert dhbe.__version__ in python("-c", code, "--version", folder=tmp_path, path=installed)
-    tiny = ("data.limit=200", "data.train_size=7600", "victim.epochs=1", "defense=clp")
-    python("-c", code, *tiny, "hydra.run.dir=out/cell", folder=tmp_path, path=installed)
-    cell = tmp_path / "out" / "cell"
-    assert (cell / "report.html").exists()
-    python("-m", "dhbe.report", "out", "--out", "page", folder=tmp_path, path=installed)
-    assert list((tmp_path / "page").glob("*.html"))
-    purify = code.replace("main", "purify")
-    given = (str(cell / "purified.safetensors"), "defense=clp", "probe.images=4", "probe.steps=1")
-    python("-c", purify, *given, "hydra.run.dir=pure", folder=tmp_path, path=installed)
-    assert (tmp_path / "pure" / "purified.safetensors").exists()
+    tiny = ["data.limit=200", "data.train_size=7600", "victim.epochs=1", "defense=clp"]
+    file = "out/cell/purified.safetensors"
+    given = ["defense=clp", "probe.images=4", "probe.steps=1", "trainer.threads=1"]
+    calls = [
+        ("main", ["--version"]),
+        ("main", [*tiny, "trainer.threads=1", "hydra.run.dir=out/cell"]),
+        ("purify", [file, *given, "hydra.run.dir=pure"]),
+        ("report", ["out", "--out", "page"]),
+    ]
+    assert dhbe.__version__ in python("-c", CALLED, repr(calls), folder=tmp_path, path=installed)
+    for made in ("out/cell/report.html", "pure/purified.safetensors", "page/index.html"):
+        assert (tmp_path / made).exists()

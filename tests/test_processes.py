@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,8 +36,8 @@ from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
 from dhbe.training.trainer import TrainerConfig
-from tests.conftest import make_spec
-from tests.support.commands import SERVER
+from tests.support.commands import Command
+from tests.support.fixtures import make_spec
 from tests.support.game import PUBLISHED_RATES
 
 CPU = torch.device("cpu")
@@ -143,9 +144,13 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        worker, args=(port, folder), nprocs=2, start_method=SERVER.get_start_method()
-    )
+    started = [
+        Command([os.devnull], cwd=folder, before=partial(worker, rank, port, folder))
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
     two = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     return train(folder / "one"), *two
 

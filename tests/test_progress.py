@@ -11,7 +11,7 @@ from dhbe.training import progress, runtime
 from dhbe.training.progress import StageBar
 from dhbe.training.recorder import Recorder
 from dhbe.training.schedule import Constant, SGDSchedule
-from tests.conftest import make_spec, small
+from tests.support.fixtures import make_spec, small
 
 
 def test_description_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ from dhbe.models import Normalized
 from dhbe.models.interface import contiguous_input, prepared
 from dhbe.models.own import channels_of, side_of
 from dhbe.models.resnet import CifarResNet, SmallResNet
-from tests.conftest import CONF, make_spec, names, small
+from tests.conftest import CONF, names
+from tests.support.fixtures import make_spec, small
 from tests.support.networks import Flat, Pair, ResNet, Wide
 
 HELD = os.environ.get("DHBE_CHECKPOINTS", "")

@@ -16,9 +16,9 @@ from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
 from dhbe.training.schedule import Cosine, OneCycle, SGDSchedule
 from dhbe.victim.train import train
-from tests.conftest import make_spec
 from tests.support.attacks import badnets, tiny
 from tests.support.defenses import DEFENSES
+from tests.support.fixtures import make_spec
 
 
 def steep() -> SGDSchedule:
@@ -124,9 +124,8 @@ def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, mak
     """Within 3 points, with a few real steps of every method."""
     clean, _, attack, given, test = toys
     quick = {
-        "awm_one_shot": {"copies": 1},
         "nad": {"betas": [50.0, 50.0]},
-        "trap_and_replace": {},
+        "pbe": {"shares": [0.3]},
     }
     defense = repairing(name, compose_config, quick.get(name, {}))
     repaired = defense(
@@ -161,6 +160,7 @@ def repairing(name: str, compose_config, options):
     def lengths(part):
         small = {"epochs": 4, "steps": 30, "batch_size": 32, "generations": 5, "inputs": 4}
         small |= {"population": 12, "verification": 40}
+        small |= {"count": 64, "judged": 24, "per_class": 4, "copies": 2, "noise_steps": 1}
         if not isinstance(part, dict):
             return part
         return {k: small.get(k, lengths(v)) for k, v in part.items()}

@@ -13,9 +13,9 @@ from PIL import Image
 from dhbe.config.identity import cell_name
 from dhbe.config.resolvers import name_of
 from dhbe.experiment.pipeline import run
-from tests.conftest import small
 from tests.support.cli import metrics
 from tests.support.cli import run as command
+from tests.support.fixtures import small
 
 SHORT = (
     *("model=resnet_tiny", "model.widths=[16,24]", "model.blocks=1", "data.image_size=16"),

@@ -23,8 +23,8 @@ from dhbe.training.recorder import Stopwatch
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.training.supervised import Supervised
-from tests.conftest import small
 from tests.support.cli import TINY
+from tests.support.fixtures import small
 
 
 def result(path: Path, text: str) -> ResultFolder:

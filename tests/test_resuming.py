@@ -14,8 +14,8 @@ from dhbe.data import Resident, TrainingBatches
 from dhbe.training.recorder import Stopwatch
 from dhbe.training.resuming import FORMER, FRESH, LAST, newest, seal, sound
 from dhbe.training.supervised import Supervised
-from tests.conftest import make_spec
 from tests.support.defenses import suspect
+from tests.support.fixtures import make_spec
 from tests.support.victim import StopAfter, schedule
 
 EPOCHS = 4

@@ -30,8 +30,8 @@ from dhbe.methods.procedural import procedural
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
 from dhbe.training.parallel import Processes
-from tests.conftest import make_spec
 from tests.support.defenses import build, granted, suspect
+from tests.support.fixtures import make_spec
 
 ONE_VARIANT = torch.zeros(1, dtype=torch.long)
 """Of kinds with one variant."""

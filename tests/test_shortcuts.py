@@ -27,9 +27,9 @@ from dhbe.models.shortcuts import (
     stage_of,
 )
 from dhbe.victim.memory import InMemoryVictim
-from tests.conftest import make_spec
 from tests.support.attacks import tiny
 from tests.support.defenses import batch, build, granted
+from tests.support.fixtures import make_spec
 
 SPEC = make_spec()
 

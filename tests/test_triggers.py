@@ -19,8 +19,8 @@ from dhbe.methods.adversarial import pgd
 from dhbe.methods.losses import contrastive, diversity
 from dhbe.methods.patterns import frozen_call, min_max, optimize, selected_features, smooth
 from dhbe.models import Normalized
-from tests.conftest import make_spec
 from tests.support.attacks import batch, build, prepare, tiny
+from tests.support.fixtures import make_spec
 
 SPEC32 = make_spec(image_size=32, classes=10)
 

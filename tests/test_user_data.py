@@ -22,7 +22,7 @@ from dhbe.core.errors import ConfigError, DataError
 from dhbe.data.images import decode
 from dhbe.data.pixels import Pixels
 from dhbe.data.sources import Parquet
-from tests.conftest import make_spec
+from tests.support.fixtures import make_spec
 from tests.support.user_data import SIZE, data, folder, labels, own, parquet, png, save, table, tree
 
 # ------------------------------------------------------------------ one rule for labels

@@ -18,9 +18,9 @@ from dhbe.training.schedule import Cosine, Linear, Steps
 from dhbe.training.supervised import Supervised
 from dhbe.victim.store import FORMAT, Making, VictimStore
 from dhbe.victim.train import train
-from tests.conftest import make_spec
 from tests.support.attacks import badnets, build
 from tests.support.defenses import suspect
+from tests.support.fixtures import make_spec
 from tests.support.victim import StopAfter, schedule
 
 

@@ -17,7 +17,7 @@ from dhbe.data import tables
 from dhbe.data.classes import SUFFIXES, class_list, labelled, lacking, numbered
 from dhbe.data.images import ImageSet, Resident, image_bytes
 from dhbe.data.reading import USUAL, Reading
-from dhbe.data.survey import assembled
+from dhbe.data.survey import Keep, all_of, assembled
 
 Part = Literal["train", "test"]
 
@@ -27,7 +27,14 @@ class Source(ABC):
 
     @abstractmethod
     def load(
-        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+        self,
+        part: Part,
+        *,
+        channels: int,
+        size: int,
+        stream: bool,
+        reading: Reading = USUAL,
+        keep: Keep = all_of,
     ) -> ImageSet:
         """Read the official training or test part.
 
@@ -35,6 +42,7 @@ class Source(ABC):
             channels, size: what the images are converted to.
             stream: decode on demand instead of now.
             reading: what the user says of files and labels.
+            keep: labels (N,) of the whole part -> positions (M,) of the images to read.
 
         Raises:
             DataError: files are missing or unreadable; the message names the place and the remedy.
@@ -70,7 +78,14 @@ class Parquet(Source):
         return matching(Path(self.root).expanduser(), self.patterns[part])
 
     def load(
-        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+        self,
+        part: Part,
+        *,
+        channels: int,
+        size: int,
+        stream: bool,
+        reading: Reading = USUAL,
+        keep: Keep = all_of,
     ) -> ImageSet:
         found = self.files(part)
         if not found:
@@ -99,6 +114,7 @@ class Parquet(Source):
             stream=stream,
             groups=_tracks(table.paths.to_pylist()) if self.by_track else None,
             how=reading.pixels,
+            keep=keep,
         )
         names = {number: name for name, number in numbers.items()}
         notes = lacking(label, set(labels), range(reading.classes or 0), names)
@@ -183,7 +199,14 @@ class Folder(Source):
         self.class_list = class_list
 
     def load(
-        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+        self,
+        part: Part,
+        *,
+        channels: int,
+        size: int,
+        stream: bool,
+        reading: Reading = USUAL,
+        keep: Keep = all_of,
     ) -> ImageSet:
         root = Path(self.root).expanduser()
         folders = {str(root / name): root / name for name in self.parts.values()}
@@ -209,6 +232,7 @@ class Folder(Source):
             size=size,
             stream=stream,
             how=reading.pixels,
+            keep=keep,
         )
         if len({folder.resolve() for folder in folders.values()}) < len(self.parts):
             notes.append("train and test are one folder, so that accuracies are those of training")
@@ -235,7 +259,14 @@ class Torchvision(Source):
         self.arguments = {"train": train, "test": test}
 
     def load(
-        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+        self,
+        part: Part,
+        *,
+        channels: int,
+        size: int,
+        stream: bool,
+        reading: Reading = USUAL,
+        keep: Keep = all_of,
     ) -> ImageSet:
         from torchvision import datasets
 
@@ -253,7 +284,8 @@ class Torchvision(Source):
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         if images.shape[1:] != (channels, size, size):
             images = _resized(images, channels, size)
-        return Resident(images.contiguous(), torch.tensor([y for _, y in pairs]))
+        labels = torch.tensor([y for _, y in pairs])
+        return Resident(images.contiguous(), labels).subset(keep(labels))
 
 
 def _resized(images: torch.Tensor, channels: int, size: int) -> torch.Tensor:
@@ -271,7 +303,16 @@ class FirstFound(Source):
         self.parquet, self.otherwise = parquet, otherwise
 
     def load(
-        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
+        self,
+        part: Part,
+        *,
+        channels: int,
+        size: int,
+        stream: bool,
+        reading: Reading = USUAL,
+        keep: Keep = all_of,
     ) -> ImageSet:
         source = self.parquet if self.parquet.files(part) else self.otherwise
-        return source.load(part, channels=channels, size=size, stream=stream, reading=reading)
+        return source.load(
+            part, channels=channels, size=size, stream=stream, reading=reading, keep=keep
+        )

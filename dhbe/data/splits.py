@@ -17,6 +17,7 @@ from dhbe.core.types import DataSpec
 from dhbe.data.images import ImageSet
 from dhbe.data.reading import Reading, ReadingOptions, pixels
 from dhbe.data.sources import Source
+from dhbe.data.survey import all_of
 
 SIZES = tuple(sorted(base * 2**k for base in (5, 6, 7, 8) for k in range(6)))
 """Image sizes, in pixels, that the image generator can produce (GeneratorB: 5..8 times 2^n)."""
@@ -49,7 +50,7 @@ class Data:
         split_seed: draws the defender's pool; independent of the run's seed, so that all victims
             of a data set leave the same images untouched.
         storage: ``resident`` keeps all images on the device, ``stream`` decodes them in workers.
-        limit: keep only the first ``limit`` images of each part, drawn class-balanced (0: all).
+        limit: read only ``limit`` images of each part, drawn class-balanced (0: all).
         image_column, label_column: of tables; None finds them.
         content: fingerprint of the file behind ``class_names``.
         options: see ``ReadingOptions``.
@@ -123,26 +124,10 @@ class Data:
             stream=self.stream,
             reading=self.reading,
         )
-        train, test = read("train"), read("test")
+        rng = generator(self.split_seed, "split", spec.name)
+        train, test = (read(p, keep=partial(self._kept, p, rng)) for p in ("train", "test"))
         parts = {f"{spec.name} train": train, f"{spec.name} test": test}
         notes = tuple(f"{part}: {note}" for part, s in parts.items() for note in s.notes)
-        for part, images in (("train", train), ("test", test)):
-            low, high = int(images.labels.min()), int(images.labels.max())
-            if low < 0 or high >= spec.classes:
-                raise DataError(
-                    f"{spec.name} {part}: labels {low}..{high}, expected 0..{spec.classes - 1} "
-                    f"(data.classes={spec.classes})"
-                )
-        if self.train_size and len(train) != self.train_size:
-            raise DataError(
-                f"{spec.name}: {len(train)} training images, expected {self.train_size}; "
-                "a file is missing or incomplete"
-            )
-        rng = generator(self.split_seed, "split", spec.name)
-        if self.limit:
-            train, test = (
-                s.subset(stratified(s.labels, self.limit / len(s), rng)) for s in (train, test)
-            )
         pool = stratified(train.labels, self.pool_fraction, rng, groups=train.groups)
         rest = torch.ones(len(train), dtype=torch.bool)
         rest[pool] = False
@@ -155,6 +140,22 @@ class Data:
             pool_index=pool,
             notes=notes,
         )
+
+    def _kept(self, part: str, rng: torch.Generator, labels: Tensor) -> Tensor:
+        """Positions of the images to read, once the labels (N,) of a whole part are seen to fit."""
+        name, classes = self.spec.name, self.spec.classes
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise DataError(
+                f"{name} {part}: labels {low}..{high}, expected 0..{classes - 1} "
+                f"(data.classes={classes})"
+            )
+        if part == "train" and self.train_size not in (0, len(labels)):
+            raise DataError(
+                f"{name}: {len(labels)} training images, expected {self.train_size}; "
+                "a file is missing or incomplete"
+            )
+        return stratified(labels, self.limit / len(labels), rng) if self.limit else all_of(labels)
 
 
 _last: dict[str, Splits | None] = {}

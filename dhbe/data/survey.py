@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,16 @@ from dhbe.data.images import (
 )
 from dhbe.data.pixels import AS_USUAL, Pixels, Say
 
+Keep = Callable[[Tensor], Tensor]
+"""Labels (N,) -> positions (M,) of the images that are wanted."""
 CHUNK = 256
 MOST_NAMED = 1000
 """Unreadable images that one message names."""
+
+
+def all_of(labels: Tensor) -> Tensor:
+    """Positions (N,) of all images."""
+    return torch.arange(len(labels))
 
 
 def assembled(
@@ -36,6 +44,7 @@ def assembled(
     groups: Tensor | None = None,
     how: Pixels = AS_USUAL,
     skipped: list[int] | None = None,
+    keep: Keep = all_of,
 ) -> ImageSet:
     """Image set of the encoded images, decoded now or, if streamed, once as a check.
 
@@ -43,32 +52,44 @@ def assembled(
         groups: (N,) keeps relatives together.
         skipped: takes the positions of images that cannot be read, and these are left out; without
             it they are refused.
+        keep: the other images are not looked at.
 
     Raises:
         DataError: images that cannot be read; all are named.
     """
-    images = torch.empty((0 if stream else len(labels), channels, size, size), dtype=torch.uint8)
+    targets = torch.as_tensor(labels, dtype=torch.int64)
+    kept = keep(targets)
+    positions: list[int] = kept.tolist()
+    images = torch.empty((0 if stream else len(kept), channels, size, size), dtype=torch.uint8)
     target = images.numpy()
 
-    def look(position: int, say: Say) -> None:
-        name, blob = encoded(position)
+    def look(row: int, say: Say) -> None:
+        name, blob = encoded(positions[row])
         if stream:
             unpack(name, blob, mode_of(channels, name), how, say)
         else:
-            target[position] = decode(name, blob, channels, size, how, say)
+            target[row] = decode(name, blob, channels, size, how, say)
 
-    bad, notes = survey(len(labels), look)
+    bad, notes = survey(len(positions), look)
     if bad and skipped is None:
         raise DataError(_listed(list(bad.values())))
-    targets = torch.as_tensor(labels, dtype=torch.int64)
+    groups = None if groups is None else groups[kept]
     found: ImageSet = (
-        Streamed(encoded, targets, channels=channels, size=size, groups=groups, how=how)
+        Streamed(
+            encoded,
+            targets[kept],
+            channels=channels,
+            size=size,
+            positions=kept,
+            groups=groups,
+            how=how,
+        )
         if stream
-        else Resident(images, targets, groups)
+        else Resident(images, targets[kept], groups)
     )
     if bad and skipped is not None:
-        skipped += bad
-        found = found.subset(torch.tensor([i for i in range(len(labels)) if i not in bad]).long())
+        skipped += [positions[row] for row in bad]
+        found = found.subset(torch.tensor([i for i in range(len(found)) if i not in bad]).long())
     found.notes = tuple(notes)
     return found
 
@@ -91,7 +112,7 @@ def survey(count: int, look: Callable[[int, Say], None]) -> tuple[dict[int, str]
         return bad
 
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         bad = {i: text for found in pool.map(tried, chunks) for i, text in found.items()}
     return bad, [f"{n} of {count} images {what}" for what, n in sorted(Counter(remarks).items())]
 

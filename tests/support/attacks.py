@@ -11,7 +11,8 @@ from dhbe.contracts.attack import Attack
 from dhbe.core.rng import fork
 from dhbe.data import Resident
 from dhbe.models import Normalized
-from tests.conftest import ROOT, tiny_resnet
+from tests.conftest import ROOT
+from tests.support.fixtures import tiny_resnet
 
 QUICK = {
     "steps": 2,

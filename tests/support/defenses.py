@@ -12,7 +12,8 @@ from dhbe.core.rng import generator
 from dhbe.core.types import Suspect
 from dhbe.data import Budget, DefenderData, Resident
 from dhbe.models.dataflow import classifier
-from tests.conftest import make_spec, names, tiny_resnet
+from tests.conftest import names
+from tests.support.fixtures import make_spec, tiny_resnet
 
 DEFENSES = names("defense")
 
@@ -39,6 +40,9 @@ SHORT = {
     "periods": 2,
     "adversarial_batches": 2,
     "pgd_steps": 2,
+    "copies": 2,
+    "warm_up": 2,
+    "fixed_point_steps": 2,
 }
 """Options that only cost time, at every depth of a config."""
 
@@ -47,7 +51,7 @@ def shrink(node):
     """The same node with small values for the options of ``SHORT``."""
     if not isinstance(node, dict):
         return node
-    return {k: SHORT.get(k, shrink(v)) for k, v in node.items()}
+    return {k: min(v, SHORT[k]) if k in SHORT else shrink(v) for k, v in node.items()}
 
 
 def build(name: str, compose_config, **options) -> Defense:
