@@ -1,9 +1,9 @@
 """Coverage-guided fuzzing of reading and writing: ``python -m benchmarks.coverage_fuzz``.
 
-Needs ``pip install atheris`` (Python up to 3.13, Linux or macOS). The first byte of an input says
-which container the rest goes into, so that mutations reach the pickle of a zip archive instead of
-its checksums. What is read is written back and opened again; see ``benchmarks.fuzz``. An input that
-ends in anything but a result or the project's own error, or is slow, goes to ``outputs/fuzz``.
+Needs ``pip install -e .[fuzz]`` (Python up to 3.13, Linux or macOS). The first byte of an input
+says which container the rest goes into, so that mutations reach the pickle of a zip archive instead
+of its checksums. What is read is written back and opened again; see ``benchmarks.fuzz``. An input
+that ends in anything but a result or the project's own error, or is slow, goes to ``outputs/fuzz``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python benchmarks/fuzz.py --minutes 60    # prints cases, CPU minutes and findings per target
 
 A finding is an input that ends in anything but a result or the project's own error, or takes more
-than 5 CPU seconds. Findings are kept as files; mend them and add them to the tests.
+than 5 CPU seconds. Findings are kept as files; mend them and add them to the tests. Needs
+``pip install -e .[fuzz]``.
 """
 
 from __future__ import annotations

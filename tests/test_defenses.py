@@ -289,21 +289,22 @@ def test_clp_prunes_the_channel_that_stands_out(make_runtime) -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "pairs"),
+    ("make", "pairs"),
     [
-        (resnet(depth=18, stem="cifar", classes=4, channels=3, image_size=32), 20),
-        (PreActResNet18(classes=4, channels=3, image_size=32), 9),
-        (WideResNet(depth=16, widen=1, classes=4, channels=3, image_size=32), 7),
-        (vgg19_bn(classes=4, channels=3, image_size=32), 16),
+        (partial(resnet, depth=18, stem="cifar", classes=4, channels=3, image_size=32), 20),
+        (partial(PreActResNet18, classes=4, channels=3, image_size=32), 9),
+        (partial(WideResNet, depth=16, widen=1, classes=4, channels=3, image_size=32), 7),
+        (partial(vgg19_bn, classes=4, channels=3, image_size=32), 16),
     ],
     ids=["resnet18", "preact_resnet18", "wrn_16_1", "vgg19_bn"],
 )
-def test_pairs_follow_the_data(network: nn.Module, pairs: int) -> None:
+def test_pairs_follow_the_data(make: Callable[[], nn.Module], pairs: int) -> None:
     """A convolution and the BatchNorm behind it, never one behind a sum.
 
     Pre-activation: conv1 -> bn2 of each block, and the stem -> first bn1.
     """
-    found = conv_bn_pairs(network.eval(), torch.zeros(1, 3, 32, 32))
+    network = make().eval()
+    found = conv_bn_pairs(network, torch.zeros(1, 3, 32, 32))
     assert len(found) == pairs
     for conv, norm in found:
         assert conv.out_channels == norm.num_features

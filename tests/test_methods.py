@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -106,17 +108,18 @@ def test_passes_with_frozen_statistics_leave_them_and_carry_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "count"),
+    ("make", "count"),
     [
-        (WideResNet(depth=16, widen=1, classes=10, channels=3, image_size=32), 3),
-        (resnet(depth=18, stem="cifar", classes=10, channels=3, image_size=32), 4),
-        (PreActResNet18(classes=10, channels=3, image_size=32), 4),
-        (vgg19_bn(classes=10, channels=3, image_size=32), 4),
+        (partial(WideResNet, depth=16, widen=1, classes=10, channels=3, image_size=32), 3),
+        (partial(resnet, depth=18, stem="cifar", classes=10, channels=3, image_size=32), 4),
+        (partial(PreActResNet18, classes=10, channels=3, image_size=32), 4),
+        (partial(vgg19_bn, classes=10, channels=3, image_size=32), 4),
     ],
     ids=["wrn", "resnet18", "preact", "vgg"],
 )
-def test_stages_go_from_fine_to_coarse(network: nn.Module, count: int) -> None:
-    found = stages(network.eval(), torch.zeros(2, 3, 32, 32))
+def test_stages_go_from_fine_to_coarse(make: Callable[[], nn.Module], count: int) -> None:
+    network = make().eval()
+    found = stages(network, torch.zeros(2, 3, 32, 32))
     with capture(found) as seen, torch.no_grad():
         network(torch.zeros(2, 3, 32, 32))
     sizes = [f.shape[-1] for f in seen]

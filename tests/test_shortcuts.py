@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -52,16 +54,16 @@ def test_suppressed_shortcuts() -> None:
 
 
 @pytest.mark.parametrize(
-    "network",
+    "make",
     [
-        resnet(depth=18, stem="cifar", classes=4, channels=3, image_size=16),
-        PreActResNet18(classes=4, channels=3, image_size=16),
-        WideResNet(depth=16, widen=1, classes=4, channels=3, image_size=16),
+        partial(resnet, depth=18, stem="cifar", classes=4, channels=3, image_size=16),
+        partial(PreActResNet18, classes=4, channels=3, image_size=16),
+        partial(WideResNet, depth=16, widen=1, classes=4, channels=3, image_size=16),
     ],
     ids=["resnet18", "preact", "wrn"],
 )
-def test_a_shortcut_times_one_is_the_shortcut(network: nn.Module) -> None:
-    network = Normalized(network, SPEC)
+def test_a_shortcut_times_one_is_the_shortcut(make: Callable[[], nn.Module]) -> None:
+    network = Normalized(make(), SPEC)
     network(torch.rand(8, *SPEC.shape))  # statistics of something
     network.eval()
     x, _ = batch()
