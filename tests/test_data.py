@@ -7,6 +7,7 @@ import io
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,21 @@ def test_parquet_pixels_survive_and_streaming_agrees(tmp_path: Path) -> None:
     for a, b in zip(resident.batches(order, 2), streamed.batches(order, 2), strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_images_that_are_kept_are_decoded(tmp_path: Path, stream: bool) -> None:
+    """The broken one in row 5 stops a reader that keeps it, and no other."""
+    pixels = write_tables(tmp_path, corrupt=True)
+    source = Parquet(root=str(tmp_path), train="train.parquet", test="test.parquet", by_track=True)
+    kept = torch.tensor([4, 6, 9])
+    read = partial(source.load, "train", channels=3, size=8, stream=stream)
+    found = read(keep=lambda labels: kept[: len(labels)])
+    assert torch.equal(found.resident().images, torch.from_numpy(pixels)[kept].permute(0, 3, 1, 2))
+    assert found.groups.tolist() == [1, 2, 3]
+    assert found.labels.tolist() == [0, 0, 1]
+    with pytest.raises(DataError, match="row 5"):
+        read(keep=lambda labels: torch.arange(4, 7))
 
 
 def test_folder_source(tmp_path: Path) -> None:

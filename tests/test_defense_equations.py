@@ -337,7 +337,7 @@ def test_anp_noise_stays_in_its_band_and_hurts(bounded: bool, most: float) -> No
 
 
 def test_one_shot_images_are_enlarged(compose_config, images: Resident, make_runtime) -> None:
-    method = build("awm_one_shot", compose_config)
+    method = build("awm_one_shot", compose_config, copies=9)
     assert isinstance(method, AWM)
     one = granted(images, per_class=1).clean()
     more = method.enlarged(one, tiny(SPEC), make_runtime())

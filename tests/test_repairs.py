@@ -125,6 +125,7 @@ def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, mak
     clean, _, attack, given, test = toys
     quick = {
         "nad": {"betas": [50.0, 50.0]},
+        "awm_one_shot": {"copies": 1},
         "pbe": {"shares": [0.3]},
     }
     defense = repairing(name, compose_config, quick.get(name, {}))
@@ -160,7 +161,7 @@ def repairing(name: str, compose_config, options):
     def lengths(part):
         small = {"epochs": 4, "steps": 30, "batch_size": 32, "generations": 5, "inputs": 4}
         small |= {"population": 12, "verification": 40}
-        small |= {"count": 64, "judged": 24, "per_class": 4, "copies": 2, "noise_steps": 1}
+        small |= {"count": 64, "judged": 24, "per_class": 4}
         if not isinstance(part, dict):
             return part
         return {k: small.get(k, lengths(v)) for k, v in part.items()}

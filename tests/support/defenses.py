@@ -40,18 +40,21 @@ SHORT = {
     "periods": 2,
     "adversarial_batches": 2,
     "pgd_steps": 2,
-    "copies": 2,
-    "warm_up": 2,
     "fixed_point_steps": 2,
 }
 """Options that only cost time, at every depth of a config."""
 
 
+AT_MOST = {"copies": 2, "warm_up": 2}
+"""Likewise, where 0 means none."""
+
+
 def shrink(node):
-    """The same node with small values for the options of ``SHORT``."""
+    """The same node with small values for these options."""
     if not isinstance(node, dict):
         return node
-    return {k: min(v, SHORT[k]) if k in SHORT else shrink(v) for k, v in node.items()}
+    least = {k: min(v, AT_MOST[k]) for k, v in node.items() if k in AT_MOST}
+    return {k: SHORT.get(k, shrink(v)) for k, v in node.items()} | least
 
 
 def build(name: str, compose_config, **options) -> Defense:
