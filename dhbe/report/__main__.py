@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dhbe.core.exit_status import lenient
+from dhbe.report import board
 from dhbe.report.collect import collect, merge, relabel, select
 from dhbe.report.damaged import TITLE, UNREADABLE, Damage, listed
 from dhbe.report.failed import failures
@@ -22,7 +23,7 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m dhbe.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="result folders, or folders of them")
+    parser.add_argument("folders", nargs="*", type=Path, help="result folders, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("outputs/report"))
     parser.add_argument(
         "--where", nargs="+", default=[], metavar="COLUMN=VALUE[,VALUE]", help="keep these runs"
@@ -45,12 +46,35 @@ def main() -> None:
         default=["png"],
         help="of the figures' files (default: png)",
     )
+    parser.add_argument(
+        "--board",
+        type=Path,
+        metavar="FOLDER",
+        help="put the results into this board, if there are any, and write OUT/board.html",
+    )
     options = parser.parse_args()
+    if not options.folders and options.board is None:
+        parser.error("name result folders, or --board")
     lenient()
     try:
-        report(options)
+        if options.board is not None:
+            onto_board(options)
+        else:
+            report(options)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def onto_board(options: argparse.Namespace) -> None:
+    """Add results to the board and draw it.
+
+    Raises:
+        ValueError: the board is empty, or one of its files is damaged.
+        OSError: it cannot be written.
+    """
+    for file in board.add(options.folders, options.board, []):
+        print(f"written: {file}")
+    print(f"board: {board.board_page(options.board, options.out)}")
 
 
 def report(options: argparse.Namespace) -> None:
