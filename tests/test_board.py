@@ -14,6 +14,7 @@ from dhbe.experiment.pipeline import run
 from dhbe.report.board import add, board_page, differing, read
 from dhbe.sweeping.remeasure import config_of, drawn, remeasure
 from tests.conftest import ROOT
+from tests.support.browser import BROWSER, browse
 from tests.support.commands import called
 from tests.support.report import write_cell
 
@@ -89,6 +90,39 @@ def test_the_page_stands_alone_escapes_and_says_what_is_unreliable(tmp_path: Pat
     assert "<i>a note" not in page
     assert "src=" not in page
     assert page.count('class="card"') == 1
+
+
+PROBE = """<script>
+const open = () => [...document.querySelectorAll(".card")].filter(c => !c.hidden).map(c => c.id);
+const rows = () => [...document.querySelectorAll("tr[data-card]")].filter(r => !r.hidden)
+  .map(r => r.nextElementSibling.id + ":" + r.dataset.card);
+const titles = [...document.querySelectorAll("th button")];
+const title = titles.find(b => b.textContent === "purified acc");
+const found = [];
+document.querySelector("tr[data-card] button").click(); found.push(open().join());
+title.click(); title.click(); found.push(rows().join());
+const input = document.querySelector("input");
+input.value = "clp"; input.dispatchEvent(new Event("input"));
+found.push(rows().join(), open().join());
+document.body.dataset.probe = found.join("|");
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_rows_open_and_keep_their_cards_in_a_browser(tmp_path: Path) -> None:
+    board = tmp_path / "board"
+    for i, (defense, acc) in enumerate((("clp", 0.7), ("dhbe", 0.9), ("nad", 0.8))):
+        add([write(tmp_path / str(i), cell=str(i), defense=defense, acc=acc)], board, [])
+    page = board_page(board, tmp_path)
+    page.write_text(page.read_text().replace("</html>", PROBE + "</html>"))
+    done = browse(page, "--virtual-time-budget=5000", "--dump-dom")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    opened, order, filtered, left = (
+        done.stdout.partition('data-probe="')[2].partition('"')[0].split("|")
+    )
+    assert opened == "card1"
+    assert order == "card2:card2,card3:card3,card1:card1", "best accuracy first, cards below rows"
+    assert (filtered, left) == ("card1:card1", "card1")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from dhbe.report.tables import (
     summarize,
 )
 from tests.conftest import ROOT, names
+from tests.support.browser import BROWSER, browse
 from tests.support.commands import called
 from tests.support.report import write_cell
 
@@ -472,7 +473,6 @@ def test_command_writes_everything_and_escapes(cells: Path, tmp_path: Path) -> N
     assert report(cells, tmp_path / "out", "--where", "attack=blend").returncode == 1
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PROBE = """<script>
   const section = [...document.querySelectorAll("section")].at(-1);
   const column = [...section.querySelectorAll("th")].findIndex(t => t.innerText === "purified_asr");
@@ -562,14 +562,6 @@ def test_page_is_drawn_by_a_browser(cells: Path, tmp_path: Path) -> None:
     assert pixels.shape == (900, 1200)
     assert shot.stat().st_size > 20_000  # an empty page takes 4 kB
     assert 0.01 < (pixels < 128).mean() < 0.5, "dark text on a light page"
-
-
-def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open a page in a browser without a window."""
-    assert BROWSER is not None
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command = [BROWSER, *quiet, *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:

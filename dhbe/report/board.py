@@ -228,7 +228,8 @@ def board_page(board: Path, out: Path) -> Path:
 def row(entry: Entry) -> dict[str, str]:
     """What the page shows of an entry that is not opened."""
     shown = {k: str(getattr(entry, k)) for k in ("data", "model", "attack", "defense")}
-    shown |= {"rate": percent(entry.poison_rate), "budget": entry.budget, "seed": str(entry.seed)}
+    shown |= {"poison_rate": percent(entry.poison_rate), "budget": entry.budget}
+    shown |= {"selection": entry.selection, "seed": str(entry.seed)}
     for name in ("acc", "asr"):
         shown |= {f"{role} {name}": percent(entry.claimed.rates[role][name]) for role in ROLES}
     shown["der"] = percent(entry.claimed.der)
