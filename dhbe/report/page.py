@@ -18,6 +18,7 @@ from PIL import Image
 
 from dhbe.core.exit_status import UNWRITABLE
 from dhbe.report import former
+from dhbe.report.findings import findings
 from dhbe.report.folder import LABELS, ROLES, reach_rows, read_metrics, rows, work
 from dhbe.report.legend import METRICS, class_names
 from dhbe.report.texts import decimals, drawing
@@ -56,11 +57,13 @@ def write_page(folder: Path) -> Path:
     environment.filters["decimals"] = decimals
     pictures = sorted((folder / "pictures").glob("*.png"))
     config = (folder / "config.yaml").read_text()
+    names = class_names(metrics["data"], config)
     page = environment.get_template("run.html").render(
         m=metrics,
         rows=rows(metrics),
         legend=METRICS | {label: METRICS[key] for key, label in LABELS.items()},
-        names=class_names(metrics["data"], config),
+        names=names,
+        findings=findings(metrics, names),
         work={stage: work(metrics, stage) for stage in ("victim", "defense")},
         examples=_examples(folder),
         generated=[_shown(p) for p in pictures if p.name.startswith(("generated", "imagined"))],

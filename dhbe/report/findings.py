@@ -1,0 +1,141 @@
+"""The first screen of a checkpoint's report: what was found, done, lost and left; the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dhbe.report.folder import percent
+
+LITTLE = 0.5
+"""Agreement of the two networks below which a reader has to be warned."""
+REMAINS = 0.1
+"""Attack success rate after the defense from which it has failed."""
+SCANS = ("auto", "scan_unlearn")
+"""Defenses that seek triggers of certain kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A sentence or two under a title; ``alarming`` ones are shown in the colour of warnings."""
+
+    title: str
+    text: str
+    alarming: bool = False
+
+
+def findings(metrics: dict[str, Any], names: Sequence[str]) -> list[Finding]:
+    """What a reader who has to act needs first; empty where there is no evidence of a checkpoint.
+
+    Args:
+        metrics: of a run with ``evidence``.
+        names: of the classes, in order; may be empty.
+    """
+    if metrics.get("evidence") is None:
+        return []
+    return [
+        found(metrics, names),
+        done(metrics),
+        cost(metrics),
+        left(metrics, names),
+        following(metrics),
+    ]
+
+
+def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
+    """The detector's verdict."""
+    suspected = (metrics.get("suspected") or {}).get("classes")
+    if suspected is None:
+        text = f"defense={metrics['defense']} does not look for the attacker's target class."
+    elif suspected:
+        listed = ", ".join(called(c, names) for c in suspected)
+        text = (
+            f"{listed} {'stands' if len(suspected) == 1 else 'stand'} out: triggers that were "
+            "sought move images of the other classes there. So does a backdoor. How sure this is "
+            "has not been calibrated; the evidence is in the notes below."
+        )
+    else:
+        text = (
+            "No class stands out. That does not prove that there is no backdoor: some kinds of "
+            "triggers are not sought, and some that are sought are missed."
+        )
+    return Finding(title="Found", text=text, alarming=bool(suspected))
+
+
+def done(metrics: dict[str, Any]) -> Finding:
+    """What the defense did to the weights."""
+    weights: dict[str, float] = metrics["evidence"]["weights"]
+    changed = {name: change for name, change in weights.items() if change > 0}
+    if not changed:
+        text = f"defense={metrics['defense']} changed no weight: the purified file is the suspect."
+        return Finding(title="Done", text=text, alarming=True)
+    most = max(changed, key=lambda name: changed[name])
+    text = (
+        f"defense={metrics['defense']} changed {len(changed)} of {len(weights)} layers, most "
+        f"{most}, by {percent(changed[most])} of its norm."
+    )
+    return Finding(title="Done", text=text)
+
+
+def cost(metrics: dict[str, Any]) -> Finding:
+    """What the defense cost, as far as it was measured."""
+    before, after = (metrics[role]["acc"] for role in ("victim", "purified"))
+    if before is not None:
+        total = metrics["counts"]["purified"]["acc"]["total"]
+        text = f"Accuracy on {total} test images went from {percent(before)} to {percent(after)}."
+        return Finding(title="Cost", text=text, alarming=after < before - LITTLE / 10)
+    same = metrics["evidence"]["agreement"]
+    text = (
+        f"Accuracy: –, no test images were given. Of {same['total']} generated images both "
+        f"networks give the same class to {same['hits']}, which is no estimate of accuracy."
+    )
+    few = same["hits"] < LITTLE * same["total"]
+    return Finding(title="Cost", text=text, alarming=few)
+
+
+def left(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
+    """What may still be there."""
+    asr = metrics["purified"]["asr"]
+    if asr is not None:
+        text = f"The given trigger still moves {percent(asr)} of the test images to its target."
+        return Finding(title="Left", text=text, alarming=asr > REMAINS)
+    shares = {}
+    for role, classes in metrics["evidence"]["reach"].items():
+        rates = [c["hits"] / c["total"] if c["total"] else 0.0 for c in classes]
+        highest = max(range(len(rates)), key=lambda c: rates[c])
+        class_ = called(highest, names)
+        shares[role] = f"{percent(rates[highest])} (c{class_[1:]})"
+    text = (
+        f"Small patches move up to {shares['purified']} of generated images into one class; "
+        f"before, up to {shares['victim']}."
+    )
+    if metrics["defense"] in SCANS:
+        text += (
+            " The scan seeks patches, faint changes of the whole image and waves, not warps or "
+            "triggers that differ from image to image."
+        )
+    return Finding(title="Left", text=text)
+
+
+def following(metrics: dict[str, Any]) -> Finding:
+    """The next step."""
+    steps = []
+    if not any(metrics["evidence"]["weights"].values()):
+        steps.append(
+            "try defense=dhbe_guided, or give clean images (data.clean=FOLDER defense=ft_sam)"
+        )
+    if metrics["victim"]["acc"] is None:
+        steps.append("measure accuracy before you use the purified file: data.test=FOLDER")
+    if metrics["purified"]["asr"] is None:
+        steps.append("if you know a trigger, measure it: trigger=PICTURE data.test=FOLDER")
+    elif metrics["purified"]["asr"] > REMAINS:
+        steps.append("try another defense: the trigger still works")
+    steps.append("keep the original file")
+    text = "; ".join(steps)
+    return Finding(title="Next", text=f"{text[0].upper()}{text[1:]}.")
+
+
+def called(number: int, names: Sequence[str]) -> str:
+    """Class 3, with its name where it is known."""
+    return f"Class {number} ({names[number]})" if number < len(names) else f"Class {number}"
