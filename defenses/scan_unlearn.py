@@ -75,8 +75,10 @@ class ScanUnlearn(Defense):
         flagged = [most.target] if most.index >= self.threshold else []
         each = ", ".join(f"{e.family} {e.target}: {e.index:.1f}" for e in every)
         runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
-        if flagged:  # imagined images of the target hold its trigger
-            self.unlearn(network, x[y != most.target], most.target, most.kinds, runtime)
+        if flagged:
+            kinds = [*most.kinds, *self.scan.placed(most, network, x, y, runtime)]
+            others = x[y != most.target]  # imagined images of the target hold its trigger
+            self.unlearn(network, others, most.target, kinds, runtime)
         return network
 
     def unlearn(

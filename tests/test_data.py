@@ -7,7 +7,6 @@ import io
 import math
 import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,9 @@ from dhbe.core.errors import DataError
 from dhbe.core.rng import generator
 from dhbe.core.types import DataSpec
 from dhbe.data import Data, Resident, TrainingBatches, augment, to_float
+from dhbe.data.images import ImageSet
 from dhbe.data.loader import augmented, rotate
+from dhbe.data.reading import Keep, Reading
 from dhbe.data.sources import Folder, Parquet, Torchvision
 from dhbe.data.splits import stratified
 from tests.conftest import CONF, ROOT, names, needs_data
@@ -123,13 +124,16 @@ def test_only_images_that_are_kept_are_decoded(tmp_path: Path, stream: bool) -> 
     pixels = write_tables(tmp_path, corrupt=True)
     source = Parquet(root=str(tmp_path), train="train.parquet", test="test.parquet", by_track=True)
     kept = torch.tensor([4, 6, 9])
-    read = partial(source.load, "train", channels=3, size=8, stream=stream)
-    found = read(keep=lambda labels: kept[: len(labels)])
+
+    def read(keep: Keep) -> ImageSet:
+        return source.load("train", channels=3, size=8, stream=stream, reading=Reading(keep=keep))
+
+    found = read(lambda labels: kept[: len(labels)])
     assert torch.equal(found.resident().images, torch.from_numpy(pixels)[kept].permute(0, 3, 1, 2))
     assert found.groups.tolist() == [1, 2, 3]
     assert found.labels.tolist() == [0, 0, 1]
     with pytest.raises(DataError, match="row 5"):
-        read(keep=lambda labels: torch.arange(4, 7))
+        read(lambda labels: torch.arange(4, 7))
 
 
 def test_folder_source(tmp_path: Path) -> None:

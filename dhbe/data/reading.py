@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
+import torch
 from annotated_types import Ge, Le
+from torch import Tensor
 
 from dhbe.core.errors import got
 from dhbe.data.pixels import AS_USUAL, Pixels
 
 Level = Annotated[int, Ge(0), Le(255)]
+Keep = Callable[[Tensor], Tensor]
+"""Labels (N,) of a whole part -> positions (M,) of the images that are wanted."""
+
+
+def all_of(labels: Tensor) -> Tensor:
+    """Positions (N,) of all images."""
+    return torch.arange(len(labels))
 
 
 class ReadingOptions(TypedDict, total=False):
@@ -30,13 +40,18 @@ class ReadingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """``ReadingOptions``, the number of classes (None: not asked), and columns of tables."""
+    """``ReadingOptions``, the number of classes (None: not asked), columns of tables; which images.
+
+    Attributes:
+        keep: is asked before any image is decoded.
+    """
 
     classes: int | None = None
     class_names: list[str] | str | None = None
     pixels: Pixels = AS_USUAL
     image_column: str | None = None
     label_column: str | None = None
+    keep: Keep = all_of
 
 
 USUAL = Reading()

@@ -17,7 +17,7 @@ from dhbe.data import tables
 from dhbe.data.classes import SUFFIXES, class_list, labelled, lacking, numbered
 from dhbe.data.images import ImageSet, Resident, image_bytes
 from dhbe.data.reading import USUAL, Reading
-from dhbe.data.survey import Keep, all_of, assembled
+from dhbe.data.survey import assembled
 
 Part = Literal["train", "test"]
 
@@ -27,22 +27,14 @@ class Source(ABC):
 
     @abstractmethod
     def load(
-        self,
-        part: Part,
-        *,
-        channels: int,
-        size: int,
-        stream: bool,
-        reading: Reading = USUAL,
-        keep: Keep = all_of,
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
     ) -> ImageSet:
         """Read the official training or test part.
 
         Args:
             channels, size: what the images are converted to.
             stream: decode on demand instead of now.
-            reading: what the user says of files and labels.
-            keep: labels (N,) of the whole part -> positions (M,) of the images to read.
+            reading: what the user says of files and labels, and which images are wanted.
 
         Raises:
             DataError: files are missing or unreadable; the message names the place and the remedy.
@@ -78,14 +70,7 @@ class Parquet(Source):
         return matching(Path(self.root).expanduser(), self.patterns[part])
 
     def load(
-        self,
-        part: Part,
-        *,
-        channels: int,
-        size: int,
-        stream: bool,
-        reading: Reading = USUAL,
-        keep: Keep = all_of,
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
     ) -> ImageSet:
         found = self.files(part)
         if not found:
@@ -114,7 +99,7 @@ class Parquet(Source):
             stream=stream,
             groups=_tracks(table.paths.to_pylist()) if self.by_track else None,
             how=reading.pixels,
-            keep=keep,
+            keep=reading.keep,
         )
         names = {number: name for name, number in numbers.items()}
         notes = lacking(label, set(labels), range(reading.classes or 0), names)
@@ -199,14 +184,7 @@ class Folder(Source):
         self.class_list = class_list
 
     def load(
-        self,
-        part: Part,
-        *,
-        channels: int,
-        size: int,
-        stream: bool,
-        reading: Reading = USUAL,
-        keep: Keep = all_of,
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
     ) -> ImageSet:
         root = Path(self.root).expanduser()
         folders = {str(root / name): root / name for name in self.parts.values()}
@@ -232,7 +210,7 @@ class Folder(Source):
             size=size,
             stream=stream,
             how=reading.pixels,
-            keep=keep,
+            keep=reading.keep,
         )
         if len({folder.resolve() for folder in folders.values()}) < len(self.parts):
             notes.append("train and test are one folder, so that accuracies are those of training")
@@ -259,14 +237,7 @@ class Torchvision(Source):
         self.arguments = {"train": train, "test": test}
 
     def load(
-        self,
-        part: Part,
-        *,
-        channels: int,
-        size: int,
-        stream: bool,
-        reading: Reading = USUAL,
-        keep: Keep = all_of,
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
     ) -> ImageSet:
         from torchvision import datasets
 
@@ -285,7 +256,7 @@ class Torchvision(Source):
         if images.shape[1:] != (channels, size, size):
             images = _resized(images, channels, size)
         labels = torch.tensor([y for _, y in pairs])
-        return Resident(images.contiguous(), labels).subset(keep(labels))
+        return Resident(images.contiguous(), labels).subset(reading.keep(labels))
 
 
 def _resized(images: torch.Tensor, channels: int, size: int) -> torch.Tensor:
@@ -303,16 +274,7 @@ class FirstFound(Source):
         self.parquet, self.otherwise = parquet, otherwise
 
     def load(
-        self,
-        part: Part,
-        *,
-        channels: int,
-        size: int,
-        stream: bool,
-        reading: Reading = USUAL,
-        keep: Keep = all_of,
+        self, part: Part, *, channels: int, size: int, stream: bool, reading: Reading = USUAL
     ) -> ImageSet:
         source = self.parquet if self.parquet.files(part) else self.otherwise
-        return source.load(
-            part, channels=channels, size=size, stream=stream, reading=reading, keep=keep
-        )
+        return source.load(part, channels=channels, size=size, stream=stream, reading=reading)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -15,9 +15,8 @@ from dhbe.core.errors import ConfigError, DataError
 from dhbe.core.rng import generator
 from dhbe.core.types import DataSpec
 from dhbe.data.images import ImageSet
-from dhbe.data.reading import Reading, ReadingOptions, pixels
-from dhbe.data.sources import Source
-from dhbe.data.survey import all_of
+from dhbe.data.reading import Reading, ReadingOptions, all_of, pixels
+from dhbe.data.sources import Part, Source
 
 SIZES = tuple(sorted(base * 2**k for base in (5, 6, 7, 8) for k in range(6)))
 """Image sizes, in pixels, that the image generator can produce (GeneratorB: 5..8 times 2^n)."""
@@ -122,10 +121,12 @@ class Data:
             channels=spec.channels,
             size=spec.image_size,
             stream=self.stream,
-            reading=self.reading,
         )
         rng = generator(self.split_seed, "split", spec.name)
-        train, test = (read(p, keep=partial(self._kept, p, rng)) for p in ("train", "test"))
+        train, test = (
+            read(part, reading=replace(self.reading, keep=partial(self._kept, part, rng)))
+            for part in get_args(Part)
+        )
         parts = {f"{spec.name} train": train, f"{spec.name} test": test}
         notes = tuple(f"{part}: {note}" for part, s in parts.items() for note in s.notes)
         pool = stratified(train.labels, self.pool_fraction, rng, groups=train.groups)

@@ -21,17 +21,11 @@ from dhbe.data.images import (
     unpack,
 )
 from dhbe.data.pixels import AS_USUAL, Pixels, Say
+from dhbe.data.reading import Keep, all_of
 
-Keep = Callable[[Tensor], Tensor]
-"""Labels (N,) -> positions (M,) of the images that are wanted."""
 CHUNK = 256
 MOST_NAMED = 1000
 """Unreadable images that one message names."""
-
-
-def all_of(labels: Tensor) -> Tensor:
-    """Positions (N,) of all images."""
-    return torch.arange(len(labels))
 
 
 def assembled(
