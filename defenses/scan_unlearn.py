@@ -37,6 +37,7 @@ class ScanUnlearn(Defense):
 
     Args:
         threshold: of ``Evidence.index``.
+        erase: whether to unlearn at all; if not, the suspect is returned as it is.
         copies: triggers per kind and variant; they climb ``head_start`` steps before the
             student's first one.
         pace: their step, as a share of the range of values.
@@ -49,6 +50,7 @@ class ScanUnlearn(Defense):
         imagination: Imagination,
         scan: Scan,
         threshold: Annotated[float, Gt(0)],
+        erase: bool,
         copies: Annotated[int, Ge(1)],
         head_start: Annotated[int, Ge(0)],
         pace: Annotated[float, Gt(0)],
@@ -56,7 +58,8 @@ class ScanUnlearn(Defense):
         schedule: AdamSchedule,
     ) -> None:
         self.imagination, self.scan = imagination, scan
-        self.threshold, self.copies, self.head_start = threshold, copies, head_start
+        self.threshold, self.idle = threshold, not erase
+        self.copies, self.head_start = copies, head_start
         self.pace, self.weight, self.schedule = pace, weight, schedule
 
     def fits(self, spec: DataSpec) -> None:
@@ -75,7 +78,7 @@ class ScanUnlearn(Defense):
         flagged = [most.target] if most.index >= self.threshold else []
         each = ", ".join(f"{e.family} {e.target}: {e.index:.1f}" for e in every)
         runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
-        if flagged:
+        if flagged and not self.idle:
             kinds = [*most.kinds, *self.scan.placed(most, network, x, y, runtime)]
             others = x[y != most.target]  # imagined images of the target hold its trigger
             self.unlearn(network, others, most.target, kinds, runtime)

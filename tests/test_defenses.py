@@ -85,7 +85,7 @@ def test_contract(name: str, compose_config, images: Resident, make_runtime) -> 
     assert asked <= owned, "looks at what it does not declare"
     assert asked or not owned, "declares a need that it does not use"
     said = " ".join(runtime.recorder.notes)
-    detects = name.startswith(("auto", "cetf", "neural_cleanse", "scan_unlearn", "ulrl"))
+    detects = name.startswith(("auto", "cetf", "neural_cleanse", "scan", "ulrl"))
     assert (runtime.recorder.suspected is not None) == detects
     for key, value in victim.network.state_dict().items():
         assert torch.equal(value, before[key]), f"the suspect's {key} changed"

@@ -67,6 +67,14 @@ def test_what_was_done_is_counted() -> None:
     assert nothing["Next"].text.startswith("Try defense=dhbe_guided")
 
 
+def test_a_scan_says_what_it_saw_and_where_to_go() -> None:
+    found = of(defense="scan", evidence={"weights": {"conv1": 0.0}})
+    assert list(found) == ["Found", "Done", "Next"]
+    assert "left as it is" in found["Done"].text
+    assert found["Next"].text == "Purify the file: task=purify."
+    assert of(defense="scan", suspected={"classes": []})["Next"].text.startswith("Other defenses")
+
+
 @pytest.mark.parametrize(("hits", "alarming"), [(18, False), (0, True)])
 def test_accuracy_that_was_not_measured_is_a_dash(hits: int, alarming: bool) -> None:
     cost = of(evidence={"agreement": rate(hits)})["Cost"]

@@ -34,6 +34,13 @@ def network(seed: int = 0) -> SmallResNet:
     return made.eval()
 
 
+SCAN = (
+    *("defense.imagination.count=10", "defense.imagination.steps=1", "defense.scan.patches=[3]"),
+    *("defense.scan.corners=[3]", "defense.scan.search.steps=1", "defense.scan.search.judged=10"),
+    *("defense.scan.search.per_class=2", "defense.scan.periods=1"),
+)
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a CIFAR ResNet in others' key layout, nested and behind ``module.``."""
@@ -51,6 +58,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(4):
             Image.effect_noise((32, 32), 30 + label).save(folder / f"images/{label}/{i}.png")
     return folder
+
+
+def test_a_scan_writes_a_verdict_and_no_file_of_theirs(given: Path) -> None:
+    task = ("task=scan", f"checkpoint='{given}/a b.pth'", "data.image_size=32")
+    done = run(given, *task, *SCAN, *PROBE, "defense.threshold=1e-9", "hydra.run.dir=scanned")
+    assert done.returncode == 0, done.stderr
+    out = given / "scanned"
+    (suspicious,) = metrics(out)["suspected"]["classes"]
+    assert not list(out.glob("a b*"))
+    page = (out / "report.html").read_text()
+    assert f"Class {suspicious} stands out" in page
+    assert "left as it is; task=purify erases" in page
+    assert "WARNING" not in page
 
 
 def test_one_command_without_data(given: Path) -> None:

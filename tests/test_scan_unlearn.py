@@ -230,6 +230,17 @@ def test_only_evidence_changes_the_network(compose_config, images, make_runtime)
         assert {"imagined", "triggers_found"} <= set(runtime.recorder.pictures)
 
 
+def test_a_scan_alone_changes_nothing_and_says_so_only_once(
+    compose_config, images, make_runtime
+) -> None:
+    victim, runtime = suspect(), make_runtime()
+    purified = build("scan", compose_config, threshold=1e-9)(victim, granted(images), runtime)
+    assert runtime.recorder.suspected
+    assert "WARNING" not in " ".join(runtime.recorder.notes)
+    pairs = zip(purified.parameters(), victim.network.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
 @pytest.mark.parametrize(("size", "key"), [(7, r"patches=\[3, 5, 8\]"), (4, r"corners=\[3, 5\]")])
 def test_a_patch_larger_than_the_image_is_refused(compose_config, size: int, key: str) -> None:
     defense = build("scan_unlearn", compose_config)

@@ -26,7 +26,7 @@ class Defense(ABC):
     needs: ClassVar[Budget] = Budget()
     """The least that the method can work with; checked before any data is read."""
     selection: Selection = "fixed"
-    idle: ClassVar[bool] = False
+    idle: bool = False
     """Whether leaving every weight as it is is what the method is for."""
 
     @classmethod

@@ -28,9 +28,12 @@ EXAMPLES = 8
 
 
 def save_weights(
-    folder: Path, tree: dict[str, Any], source: VictimSource, purified: Normalized
+    folder: Path, tree: dict[str, Any], source: VictimSource | None, purified: Normalized
 ) -> None:
     """``purified.safetensors``, with what shapes do not tell, and a file like the one given.
+
+    Args:
+        source: of the victim; None writes no file like the one given.
 
     Raises:
         ArtefactError: see ``VictimSource.write_back``; says where the weights are.
@@ -45,7 +48,8 @@ def save_weights(
     with writing(kept):
         save_file(weights, kept, metadata=about)
     try:
-        source.write_back(purified, folder)
+        if source is not None:
+            source.write_back(purified, folder)
     except ArtefactError as error:
         raise ArtefactError(f"{error} (the purified weights are in {kept})") from error
 

@@ -81,7 +81,8 @@ def compute(
     before = setting.predictions(victim.network, victim.sha256)
     purified = setting.purified(victim)
     if processes.first():  # before anything else can go wrong
-        save_weights(result.open(cell), tree, parts.source, purified)
+        source = None if parts.defense.idle else parts.source
+        save_weights(result.open(cell), tree, source, purified)
     after = setting.predictions(purified)
     setting.runtime.recorder.notes += setting.caveats(before)
     outcome = Outcome(

@@ -12,7 +12,7 @@ LITTLE = 0.5
 """Agreement of the two networks below which a reader has to be warned."""
 REMAINS = 0.1
 """Attack success rate after the defense from which it has failed."""
-SCANS = ("auto", "scan_unlearn")
+SCANS = ("auto", "scan", "scan_unlearn")
 """Defenses that seek triggers of certain kinds."""
 
 
@@ -34,13 +34,10 @@ def findings(metrics: dict[str, Any], names: Sequence[str]) -> list[Finding]:
     """
     if metrics.get("evidence") is None:
         return []
-    return [
-        found(metrics, names),
-        done(metrics),
-        cost(metrics),
-        left(metrics, names),
-        following(metrics),
-    ]
+    about = [found(metrics, names), done(metrics), cost(metrics), left(metrics, names)]
+    if metrics["defense"] == "scan":  # nothing can have been lost or left
+        del about[2:]
+    return [*about, following(metrics)]
 
 
 def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
@@ -66,6 +63,9 @@ def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
 def done(metrics: dict[str, Any]) -> Finding:
     """What the defense did to the weights."""
     weights: dict[str, float] = metrics["evidence"]["weights"]
+    if metrics["defense"] == "scan":
+        text = "The network was scanned and left as it is; task=purify erases."
+        return Finding(title="Done", text=text)
     changed = {name: change for name, change in weights.items() if change > 0}
     if not changed:
         text = f"defense={metrics['defense']} changed no weight: the purified file is the suspect."
@@ -120,6 +120,10 @@ def left(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
 
 def following(metrics: dict[str, Any]) -> Finding:
     """The next step."""
+    if metrics["defense"] == "scan":
+        suspicious = bool((metrics.get("suspected") or {}).get("classes"))
+        text = "Purify the file: task=purify." if suspicious else "Other defenses: task=purify."
+        return Finding(title="Next", text=text)
     steps = []
     if not any(metrics["evidence"]["weights"].values()):
         steps.append(
