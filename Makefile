@@ -32,6 +32,7 @@ check: $(BIN)/.installed  ## format, lint, types and spelling
 docs: $(BIN)/.installed  ## the site, into outputs/site; a warning is an error
 	$(call install,docs)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m dhbe.report --board docs/results/board --out outputs/site/results
 
 notebook: $(BIN)/.installed  ## execute examples/compare_defenses.ipynb (5 minutes)
 	$(call install,notebook)

@@ -17,6 +17,8 @@ from dhbe.data.sources import Parquet
 
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 assert len(CORPUS) >= 4
+SLOW = 20
+"""CPU seconds that no refusal takes, on slow machines either; most take less than one."""
 
 
 def test_hostile_and_broken_files_are_refused_and_never_run(tmp_path: Path) -> None:
@@ -25,7 +27,7 @@ def test_hostile_and_broken_files_are_refused_and_never_run(tmp_path: Path) -> N
     for row in found:
         assert row["said"], f"accepted: {row['file']}"
         assert "victim.path=" in row["said"] or "data.classes" in row["said"], row["file"]
-        assert row["seconds"] < 5, row
+        assert row["seconds"] < SLOW, row
         assert row["mb"] < 1024, row
     assert not (tmp_path / MARK).exists()
 
@@ -57,7 +59,7 @@ def test_nothing_of_a_hostile_file_reaches_who_trusts_ours(tmp_path: Path) -> No
     assert not ran
     for row in rows:
         assert "TRACEBACK" not in (row["said"] or ""), row
-        assert row["seconds"] < 5, row
+        assert row["seconds"] < SLOW, row
         assert row["mb"] < 1024, row
     written = {r["file"] for r in rows if r["written"]}
     assert len(written) > 40

@@ -103,7 +103,10 @@ class Scan:
     def placed(
         self, evidence: Evidence, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime
     ) -> list[Kind]:
-        """Patches where a found one works best, tried on a grid; none for other families."""
+        """Patches where a found one works best on images (N, C, H, W) of classes (N,).
+
+        Places of a grid are tried. None for other families.
+        """
         if evidence.family != "patch" or evidence.values is None or not self.places:
             return []
         assert isinstance(evidence.kind, Patch)
