@@ -180,7 +180,7 @@ def finetuned(victim: Victim) -> nn.Module:
     order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in range(2)])
     batches = order.split(128)
     assert victim.trigger is not None
-    fast = fast_bf16(torch.device("cpu"))  # emulated, it takes ten times as long as float32
+    fast = fast_bf16(torch.device("cpu"))  # where it is emulated, float32 is much faster
     for step, index in enumerate(batches):
         sgd.param_groups[0]["lr"] = 0.05 * (1 - step / len(batches))
         x = to_float(augment(pixels[index], padding=4, flip=True, rng=rng))

@@ -79,9 +79,8 @@ class ScanUnlearn(Defense):
         each = ", ".join(f"{e.family} {e.target}: {e.index:.1f}" for e in every)
         runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
         if flagged and not self.idle:
-            kinds = [*most.kinds, *self.scan.placed(most, network, x, y, runtime)]
             others = x[y != most.target]  # imagined images of the target hold its trigger
-            self.unlearn(network, others, most.target, kinds, runtime)
+            self.unlearn(network, others, most.target, most.kinds, runtime)
         return network
 
     def unlearn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from dhbe.core.errors import ConfigError
 from dhbe.experiment.pipeline import run
-from dhbe.report.board import add, board_page, differing, read
+from dhbe.report.board import add, board_page, differing, placeless, read
 from dhbe.sweeping.remeasure import config_of, drawn, remeasure
 from tests.conftest import ROOT
 from tests.support.browser import BROWSER, browse
@@ -147,7 +148,7 @@ def test_what_does_not_fit_the_schema_is_named(
 def test_our_own_board_fits(file: Path) -> None:
     entry = read(file)
     assert entry.file == file.name
-    assert "/" not in json.dumps(entry.config.get("paths", ""))
+    assert placeless(entry.config) == entry.config
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -155,9 +156,15 @@ def test_the_command(tmp_path: Path) -> None:
     done = called(["-m", "dhbe.report", "run", "--board", "b", "--out", "page"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page" / "board.html").exists()
-    empty = called(["-m", "dhbe.report", "--board", "none"], cwd=tmp_path)
-    assert empty.returncode == 1
-    assert "--board none: no entries" in empty.stderr
+    assert "written: 1; left out as damaged: 0" in done.stdout
+    for words, status, said in (
+        (["--board", "none"], 1, "--board none: no entries"),
+        (["page", "--board", "b"], 1, "no metrics.json below page"),
+        (["run", "--board", "b", "--where", "seed=3"], 2, "leave out --where"),
+    ):
+        wrong = called(["-m", "dhbe.report", *words], cwd=tmp_path)
+        assert wrong.returncode == status
+        assert said in wrong.stderr
 
 
 def test_a_share_is_drawn_by_its_seed(tmp_path: Path) -> None:
@@ -167,6 +174,8 @@ def test_a_share_is_drawn_by_its_seed(tmp_path: Path) -> None:
     assert drawn(tmp_path, 0.1, 1) == drawn(tmp_path, 0.1, 1) != drawn(tmp_path, 0.1, 2)
     with pytest.raises(ConfigError, match=r"BOARD=.*: expected a folder with entries"):
         drawn(tmp_path / "empty", 0.1, 0)
+    with pytest.raises(ConfigError, match=r"--share=1.5: expected a fraction"):
+        drawn(tmp_path, 1.5, 0)
 
 
 def test_a_cell_is_measured_again_from_its_file(tmp_path: Path, compose_config, capsys) -> None:
@@ -183,5 +192,10 @@ def test_a_cell_is_measured_again_from_its_file(tmp_path: Path, compose_config, 
     assert entry.remeasured.rates == entry.claimed.rates, "the seed fixes everything"
     assert list((out / "victims").iterdir()), "the victim was trained anew"
     assert f"{file.name}: agrees" in capsys.readouterr().out
+    first = (out / entry.cell / "metrics.json").stat().st_mtime_ns
+    remeasure(Namespace(board=board, share=1.0, seed=0, out=out, changes=[]))
+    assert (out / entry.cell / "metrics.json").stat().st_mtime_ns > first, "measured, not reused"
+    with pytest.raises(ConfigError, match=r"data=tiny: expected a data set of conf/data"):
+        config_of(replace(entry, data="tiny"), [], out)
     with pytest.raises(ConfigError, match=rf"{file.name}: its config is cell .* here, not"):
         config_of(entry, ["defense.u=2.0"], out)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dhbe.api import composed
 from dhbe.config.identity import cell_name
 from dhbe.config.schema import SUPPLIED, errors_in, plain, schema, validate
 from dhbe.core.errors import BudgetError, ConfigError
@@ -17,15 +18,22 @@ from tests.conftest import CONF, ROOT, names
 GROUPS = ("model", "attack", "defense", "budget", "trainer", "logger")
 
 
+def test_the_shortcut_of_these_tests_composes_as_hydra_does(compose_config) -> None:
+    """``compose_config`` chooses files and sets values in two steps."""
+    words = ["scale=cpu", "attack=wanet", "defense=anp", "attack.poison_rate=0.05", "+x=[1,2]"]
+    words += ["~attack.cover_rate", "paths.victims=v", "paths.results=r"]
+    assert plain(compose_config(*words)) == composed(words)
+
+
 def in_turn(groups: dict[str, list[str]]) -> list[dict[str, str]]:
     """Choices in which each name of each group occurs at least once."""
     longest = max(map(len, groups.values()))
     return [{g: n[i % len(n)] for g, n in groups.items()} for i in range(longest)]
 
 
-def fitting(tree: dict[str, Any], groups: Iterable[str]) -> None:
-    for group in groups:
-        assert errors_in(tree[group], group, frozenset(SUPPLIED.get(group, ()))) == []
+def misfits(tree: dict[str, Any], groups: Iterable[str]) -> list[str]:
+    """What is wrong with the options of these groups."""
+    return [e for g in groups for e in errors_in(tree[g], g, frozenset(SUPPLIED.get(g, ())))]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +47,9 @@ def test_every_config_fits_its_component(chosen: dict[str, str], compose_config)
         "model=torchvision": "model.name=resnet18",
     }
     words = [f"{group}={name}" for group, name in chosen.items()]
-    fitting(plain(compose_config(*words, *(required[w] for w in words if w in required))), GROUPS)
+    tree = plain(compose_config(*words, *(required[w] for w in words if w in required)))
+    assert misfits(tree, GROUPS) == []
+    assert misfits(tree | {"attack": tree["attack"] | {"wonder": 1}}, GROUPS), "it can fail"
 
 
 @pytest.mark.parametrize("name", names("experiment"))
@@ -202,7 +212,7 @@ def test_every_patch_fits_and_changes_its_method(
 ) -> None:
     words = [f"{group}={name}" for group, name in chosen.items()]
     paper, changed = (plain(compose_config(*words, f"scale={s}")) for s in ("paper", scale))
-    fitting(changed, chosen)
+    assert misfits(changed, chosen) == []
     assert not [group for group in chosen if changed[group] == paper[group]]
 
 

@@ -69,7 +69,7 @@ def test_a_scan_writes_a_verdict_and_no_file_of_theirs(given: Path) -> None:
     assert not list(out.glob("a b*"))
     page = (out / "report.html").read_text()
     assert f"Class {suspicious} stands out" in page
-    assert "left as it is; task=purify erases" in page
+    assert "leaves the network as it is" in page
     assert "WARNING" not in page
 
 

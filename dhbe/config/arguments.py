@@ -92,7 +92,7 @@ def unread(overrides: list[str]) -> Iterator[str]:
     top_level, of_purify = (_keys(CONF / name) for name in ("config.yaml", "task/purify.yaml"))
     places = [f"paths.{name}" for name in top_level["paths"]]
     known = ["hydra", *top_level, *(p.name for p in CONF.iterdir() if p.is_dir())]
-    known += of_purify if {"task=purify", "task=scan"} & {*overrides} else ()
+    known += of_purify if any(o.startswith("task=") for o in overrides) else ()
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         top = re.split("[./@]", key)[0]

@@ -44,6 +44,7 @@ def circumstances(outcome: Outcome) -> dict[str, Any]:
     return {
         "cell": identity.cell_name(setting.config),
         "selection": setting.parts.defense.selection,
+        "idle": setting.parts.defense.idle,
         "seed": setting.config["seed"],
         "poison_rate": setting.parts.attack.poison_rate,
         "poisoned": poisoned,

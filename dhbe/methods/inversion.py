@@ -72,29 +72,17 @@ class Patch(Square):
         return pasted(values, x, (drawn * free).long().to(x.device))
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlacedPatch(Patch):
-    """A square in the same place of all images; each place is a variant.
-
-    Attributes:
-        places: row and column of the upper left corner, in pixels.
-    """
-
-    places: tuple[tuple[int, int], ...]
+class CornerPatch(Patch):
+    """A square in one corner of every image; each corner is a variant."""
 
     @property
     def variants(self) -> int:
-        return len(self.places)
+        return 4
 
     def applied(self, values: Tensor, x: Tensor, variant: Tensor, rng: torch.Generator) -> Tensor:
         del rng
-        return pasted(values, x, torch.tensor(self.places, device=x.device)[variant])
-
-
-def grid(side: int, size: int, count: int) -> tuple[tuple[int, int], ...]:
-    """``count`` x ``count`` places, evenly spread; with 2 the corners."""
-    at = [round(i * (size - side) / (count - 1)) for i in range(count)]
-    return tuple((row, column) for row in at for column in at)
+        far = x.shape[-1] - self.side
+        return pasted(values, x, torch.stack([variant // 2, variant % 2], dim=1) * far)
 
 
 def pasted(values: Tensor, x: Tensor, corner: Tensor) -> Tensor:
@@ -316,8 +304,12 @@ class Search:
         values: Tensor,
         classes: int,
         runtime: Runtime,
-    ) -> Tensor:
-        """Mean margin (V, K) of every variant with the same values (1, *shape), without search."""
+    ) -> tuple[Tensor, Tensor]:
+        """Try every variant with the same values (1, *shape), without a search.
+
+        Returns:
+            the variant (K,) that moves most towards each class, and the mean margin (K,).
+        """
         x, y = x[: self.judged // 2], y[: self.judged // 2]
         targets = torch.arange(classes, device=x.device).repeat_interleave(len(x))
         others = (targets.view(classes, -1) != y).float()
@@ -329,7 +321,8 @@ class Search:
                 logits = network(triggered).float()
             each = margins(logits.repeat(classes, 1), targets).view(classes, -1)
             reached.append((each * others).sum(dim=1) / others.sum(dim=1))
-        return torch.stack(reached)
+        best, which = torch.stack(reached).max(dim=0)
+        return which, best
 
 
 def anomaly_index(reached: Tensor) -> Tensor:

@@ -13,15 +13,14 @@ from torch.nn import functional as F
 
 from dhbe.core.types import DataSpec
 from dhbe.methods.inversion import (
+    CornerPatch,
     Faint,
     Kind,
     Patch,
-    PlacedPatch,
     Search,
     Wave,
     anomaly_index,
     frequencies,
-    grid,
 )
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
@@ -35,15 +34,12 @@ class Evidence:
         index: see ``anomaly_index``.
         family: of triggers: patch, corner, faint, wave.
         kinds: of that family, for unlearning.
-        kind, values: the kind and the trigger (1, *shape) that speak for the class; None of waves.
     """
 
     index: float
     target: int
     family: str
     kinds: Sequence[Kind]
-    kind: Kind | None = None
-    values: Tensor | None = None
 
     @classmethod
     def of(cls, reached: Tensor, family: str, kinds: Sequence[Kind]) -> Evidence:
@@ -62,7 +58,6 @@ class Scan:
         faint: the largest change of a pixel by a faint trigger of free pixels, of [0, 1].
         smooth: by one of a quarter of the image's side, interpolated.
         wave: amplitude of sinusoids, of [0, 1]: all up to ``periods`` per image, of one phase.
-        places: where a patch that was found works best, so many places are unlearned too.
     """
 
     search: Search
@@ -72,7 +67,6 @@ class Scan:
     smooth: Annotated[float, Gt(0)]
     wave: Annotated[float, Gt(0)]
     periods: Annotated[int, Ge(1)]
-    places: Annotated[int, Ge(0)]
 
     def families(self, spec: DataSpec) -> dict[str, list[Kind]]:
         """Kinds of triggers that are sought by gradients, by family."""
@@ -81,7 +75,7 @@ class Scan:
         smooth = Faint(side=max(1, size // 4), amplitude=self.smooth)
         return {
             "patch": [Patch(side=p) for p in self.patches],
-            "corner": [PlacedPatch(side=c, places=grid(c, size, 2)) for c in self.corners],
+            "corner": [CornerPatch(side=c) for c in self.corners],
             "faint": [free, smooth],
         }
 
@@ -94,36 +88,11 @@ class Scan:
             for kind in kinds:
                 values, reached = self.search(network, x, y, kind, network.spec.classes, runtime)
                 evidence = Evidence.of(reached, family, kinds)
-                strongest = values[[evidence.target]]
-                found.append(replace(evidence, kind=kind, values=strongest))
-                shown.append(F.interpolate(kind.shown(strongest), x.shape[-2:]))
+                found.append(evidence)
+                strongest = kind.shown(values[[evidence.target]])
+                shown.append(F.interpolate(strongest, x.shape[-2:]))
         runtime.recorder.picture("triggers_found", torch.cat(shown))
         return [*found, self.waves(network, x, y, runtime)]
-
-    def placed(
-        self, evidence: Evidence, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime
-    ) -> list[Kind]:
-        """Patches where a found one works best on images (N, C, H, W) of classes (N,).
-
-        Places of a grid are tried. None for other families.
-        """
-        if evidence.family != "patch" or evidence.values is None or not self.places:
-            return []
-        assert isinstance(evidence.kind, Patch)
-        size, side = network.spec.image_size, evidence.kind.side
-        every = PlacedPatch(side=side, places=grid(side, size, max(2, (size - side) // 3 + 1)))
-        margin = self.search.exhaustive(
-            network, x, y, every, evidence.values, network.spec.classes, runtime
-        )
-        best = margin[:, evidence.target].topk(min(self.places, every.variants)).indices.tolist()
-        kept = tuple(every.places[i] for i in best)
-        return [
-            PlacedPatch(
-                side=s,
-                places=tuple((min(r, size - s), min(c, size - s)) for r, c in kept),
-            )
-            for s in sorted({side, *self.patches})
-        ]
 
     def waves(self, network: Normalized, x: Tensor, y: Tensor, runtime: Runtime) -> Evidence:
         """The sinusoid that moves images (N, C, H, W) most, after a trial of every one.
@@ -132,8 +101,9 @@ class Scan:
         """
         every = Wave(amplitude=self.wave, frequencies=frequencies(self.periods))
         sine = torch.tensor([self.wave, 0.0]).view(1, 1, 2, 1).expand(1, x.shape[1], 2, 1).to(x)
-        margin = self.search.exhaustive(network, x, y, every, sine, network.spec.classes, runtime)
-        reached, which = margin.max(dim=0)
+        which, reached = self.search.exhaustive(
+            network, x, y, every, sine, network.spec.classes, runtime
+        )
         evidence = Evidence.of(reached, "wave", [])
         row, column = every.frequencies[int(which[evidence.target])]
         near = {(a, b) for a in range(row - 1, row + 2) for b in range(column - 1, column + 2)}

@@ -55,6 +55,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.folders and options.board is None:
         parser.error("name result folders, or --board")
+    if options.board is not None and (options.where or options.merge or options.compare):
+        parser.error("--board takes all results: leave out --where, --merge and --compare")
     lenient()
     try:
         if options.board is not None:
@@ -72,8 +74,12 @@ def onto_board(options: argparse.Namespace) -> None:
         ValueError: the board is empty, or one of its files is damaged.
         OSError: it cannot be written.
     """
-    for file in board.add(options.folders, options.board, []):
-        print(f"written: {file}")
+    if options.folders:
+        damaged: list[Damage] = []
+        written = board.add(options.folders, options.board, damaged)
+        for file in written:
+            print(f"written: {file}")
+        print(f"written: {len(written)}; left out as damaged: {len(damaged)}")
     print(f"board: {board.board_page(options.board, options.out)}")
 
 

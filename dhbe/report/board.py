@@ -20,6 +20,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from dhbe.config.identity import CELL_EXCLUDED
 from dhbe.core.exit_status import UNWRITABLE
 from dhbe.report.damaged import UNREADABLE, Damage, check, damage
 from dhbe.report.folder import ROLES, below, detail, percent, read_metrics
@@ -29,8 +30,6 @@ from dhbe.report.texts import printable
 Share = Annotated[float, Ge(0), Le(1)]
 SHOWN = ("acc", "asr", "ra")
 """Rates with a column."""
-MACHINE = ("paths", "logger", "force", "complete")
-"""Options that say nothing to others."""
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -67,7 +66,7 @@ class Entry:
     """A cell of the board.
 
     Attributes:
-        config: all options of the run, but for those that concern its machine.
+        config: all options that determine the run, without places.
         unreliable: why the claim should not be relied upon; None where nothing speaks against it.
         remeasured: the claim's figures measured by another run; None where nobody has.
     """
@@ -142,7 +141,7 @@ def entry_of(folder: Path) -> Entry:
         {
             **{k: m[k] for k in (*names, "poison_rate", "notes")},
             "claimed": claimed,
-            "config": {k: placeless(v) for k, v in config.items() if k not in MACHINE},
+            "config": {k: placeless(v) for k, v in config.items() if k not in CELL_EXCLUDED},
         }
     )
 
@@ -159,13 +158,19 @@ def placeless(value: Any) -> Any:
 def add(folders: Iterable[Path], board: Path, damaged: list[Damage]) -> list[Path]:
     """Write the files of all results at or below the folders; returns those that changed.
 
+    Args:
+        damaged: takes results that cannot be read; each is logged as well.
+
     Raises:
         OSError: a file cannot be written.
-        ValueError: a file of the board is damaged.
+        ValueError: there is no result, or a file of the board is damaged.
     """
+    found = sorted(f for f in below(folders) if f.name == "metrics.json")
+    if not found:
+        raise ValueError(f"no metrics.json below {', '.join(map(str, folders))}")
     board.mkdir(parents=True, exist_ok=True)
     written = []
-    for metrics in sorted(f for f in below(folders) if f.name == "metrics.json"):
+    for metrics in found:
         try:
             new = entry_of(metrics.parent)
         except (*UNREADABLE, yaml.YAMLError) as error:
@@ -173,7 +178,7 @@ def add(folders: Iterable[Path], board: Path, damaged: list[Damage]) -> list[Pat
             continue
         file = board / new.file
         before = read(file) if file.exists() else None
-        if before is not None and before.claimed == new.claimed:
+        if before is not None and new.claimed in (before.claimed, before.remeasured):
             continue
         if before is not None:
             new = ENTRY.validate_python(

@@ -10,10 +10,10 @@ from dhbe.report.folder import percent
 
 LITTLE = 0.5
 """Agreement of the two networks below which a reader has to be warned."""
+COSTLY = 0.05
+"""Loss of accuracy from which a reader has to be warned."""
 REMAINS = 0.1
 """Attack success rate after the defense from which it has failed."""
-SCANS = ("auto", "scan", "scan_unlearn")
-"""Defenses that seek triggers of certain kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,15 @@ def findings(metrics: dict[str, Any], names: Sequence[str]) -> list[Finding]:
     """
     if metrics.get("evidence") is None:
         return []
-    about = [found(metrics, names), done(metrics), cost(metrics), left(metrics, names)]
-    if metrics["defense"] == "scan":  # nothing can have been lost or left
-        del about[2:]
-    return [*about, following(metrics)]
+    if metrics.get("idle"):  # nothing can have been lost
+        return [found(metrics, names), done(metrics), following(metrics)]
+    return [
+        found(metrics, names),
+        done(metrics),
+        cost(metrics),
+        left(metrics, names),
+        following(metrics),
+    ]
 
 
 def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
@@ -63,8 +68,11 @@ def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
 def done(metrics: dict[str, Any]) -> Finding:
     """What the defense did to the weights."""
     weights: dict[str, float] = metrics["evidence"]["weights"]
-    if metrics["defense"] == "scan":
-        text = "The network was scanned and left as it is; task=purify erases."
+    if metrics.get("idle"):
+        text = (
+            f"defense={metrics['defense']} leaves the network as it is; no purified file in the "
+            "layout of the given one was written. task=purify erases."
+        )
         return Finding(title="Done", text=text)
     changed = {name: change for name, change in weights.items() if change > 0}
     if not changed:
@@ -84,7 +92,7 @@ def cost(metrics: dict[str, Any]) -> Finding:
     if before is not None:
         total = metrics["counts"]["purified"]["acc"]["total"]
         text = f"Accuracy on {total} test images went from {percent(before)} to {percent(after)}."
-        return Finding(title="Cost", text=text, alarming=after < before - LITTLE / 10)
+        return Finding(title="Cost", text=text, alarming=after < before - COSTLY)
     same = metrics["evidence"]["agreement"]
     text = (
         f"Accuracy: –, no test images were given. Of {same['total']} generated images both "
@@ -110,20 +118,19 @@ def left(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
         f"Small patches move up to {shares['purified']} of generated images into one class; "
         f"before, up to {shares['victim']}."
     )
-    if metrics["defense"] in SCANS:
-        text += (
-            " The scan seeks patches, faint changes of the whole image and waves, not warps or "
-            "triggers that differ from image to image."
-        )
+    text += (
+        " Triggers of other kinds, such as warps or those that differ from image to image, were "
+        "not tried."
+    )
     return Finding(title="Left", text=text)
 
 
 def following(metrics: dict[str, Any]) -> Finding:
     """The next step."""
-    if metrics["defense"] == "scan":
-        suspicious = bool((metrics.get("suspected") or {}).get("classes"))
-        text = "Purify the file: task=purify." if suspicious else "Other defenses: task=purify."
-        return Finding(title="Next", text=text)
+    if metrics.get("idle"):
+        return Finding(
+            title="Next", text="To erase a backdoor: task=purify, with the same options."
+        )
     steps = []
     if not any(metrics["evidence"]["weights"].values()):
         steps.append(

@@ -1,9 +1,9 @@
 """Measure some of a board's cells again: ``python -m dhbe.sweeping.remeasure BOARD [key=value]``.
 
-Draws a share of the entries, runs their configs on this machine, victims included, and puts the
-new figures beside the claimed ones. Data sets lie where ``paths.data`` says; ``key=value`` replaces
-other values of all drawn configs, such as ``victim.path=``. Exit status: 0 all agree, 1 some do
-not, or failed.
+Draws a share of the entries, runs their configs on this machine, and puts the new figures beside
+the claimed ones. Victims are made anew, in OUT/victims, where a second call finds them. Data sets
+lie where ``paths.data`` says; ``key=value`` replaces other values of all drawn configs, such as
+``victim.path=``. Exit status: 0 all agree, 1 some do not, or failed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from dhbe.config import identity
 from dhbe.config.resolution import resolved
 from dhbe.core.errors import ConfigError, got
 from dhbe.core.exit_status import guarded
+from dhbe.core.paths import CONF
 from dhbe.experiment.pipeline import run
-from dhbe.report.board import MACHINE, Entry, add, differing, read
-
-GROUPS = ("data", "model", "attack", "defense", "budget", "scale")
+from dhbe.experiment.summary import GROUPS
+from dhbe.report.board import Entry, add, differing, read
 
 
 def drawn(board: Path, share: float, seed: int) -> list[Path]:
     """Files of ``share`` of the entries, at least one, drawn at random.
 
     Raises:
-        ConfigError: the board is empty.
+        ConfigError: the board is empty, or no such share.
     """
+    if not 0 < share <= 1:
+        raise got("--share", share, "a fraction above 0, up to 1")
     files = sorted(board.glob("*.json"))
     if not files:
         raise got("BOARD", str(board), "a folder with entries of python -m dhbe.report --board")
@@ -44,10 +46,13 @@ def config_of(entry: Entry, changes: Sequence[str], victims: Path) -> dict[str, 
     """The entry's config with this machine's places; victims are made anew in ``victims``.
 
     Raises:
-        ConfigError: here it is another cell, because a file or the meaning of an option differs.
+        ConfigError: here it is another cell, because a file or the meaning of an option differs; or
+            its data set is a user's own.
     """
-    here = composed([f"data={entry.data}", f"paths.victims={victims}"])
-    tree = entry.config | {k: here[k] for k in MACHINE if k in here}
+    if not (CONF / "data" / f"{entry.data}.yaml").exists():
+        raise got(f"{entry.file}: data", entry.data, "a data set of conf/data")
+    here = composed([f"data={entry.data}", f"paths.victims={victims}", "force=true"])
+    tree = entry.config | {k: here[k] for k in identity.CELL_EXCLUDED if k in here}
     tree["data"] = tree["data"] | {"source": here["data"]["source"]}
     config = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(changes)))
     found: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]

@@ -37,17 +37,19 @@ class Server:
     """Starts commands and sees how they end; it goes when this process does."""
 
     def __init__(self) -> None:
-        self.pipe, self.theirs = multiprocessing.Pipe()
+        self.pipe: Connection | None = None
         self.lock = threading.Lock()
 
     def begin(self) -> None:
-        """Fork the server."""
+        """Fork the server; else the first command does."""
         for name in IMPORTED:
             importlib.import_module(name)
+        ours, theirs = multiprocessing.Pipe()
         if not os.fork():
-            self.pipe.close()
-            _serve(self.theirs)
-        self.theirs.close()
+            ours.close()
+            _serve(theirs)
+        theirs.close()
+        self.pipe = ours
 
     def start(self, *given: object) -> int:
         """Process number of ``_carry_out`` with these arguments."""
@@ -59,6 +61,8 @@ class Server:
 
     def _asked(self, question: bytes | int) -> int:
         with self.lock:
+            if self.pipe is None:
+                self.begin()
             self.pipe.send(question)
             return self.pipe.recv()
 
