@@ -30,6 +30,14 @@ class New(NamedTuple):
     value: Tensor
 
 
+def untold(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of this project's files: what the shapes of a config's network do not tell."""
+    about = {"data": tree["data"]["name"], "image_size": str(tree["data"]["image_size"])}
+    if "stem_stride" in tree["model"]:
+        about["stem_stride"] = str(tree["model"]["stem_stride"])
+    return about
+
+
 def written(file: WeightFile, path: Path, folder: Path, weights: Sequence[New]) -> Path:
     """Write the new file; omitted content is logged.
 

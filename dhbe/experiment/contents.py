@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dhbe.checkpoint.loading import UNWRITTEN
+from dhbe.checkpoint.writing import untold
 from dhbe.core.durable import writing
 from dhbe.core.errors import ArtefactError
 from dhbe.experiment.folder import CELL, METRICS
@@ -39,9 +40,7 @@ def save_weights(
         ArtefactError: see ``VictimSource.write_back``; says where the weights are.
     """
     weights = {k: v.cpu().contiguous() for k, v in purified.state_dict().items()}
-    about = {"data": tree["data"]["name"], "image_size": str(purified.spec.image_size)}
-    if "stem_stride" in tree["model"]:
-        about["stem_stride"] = str(tree["model"]["stem_stride"])
+    about = untold(tree)
     if purified.unwritten:
         about[UNWRITTEN] = purified.unwritten
     kept = folder / "purified.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dhbe.core.errors import got
 from dhbe.data import DefenderData, Splits
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.experiment.assembly import Parts
@@ -18,6 +19,13 @@ def grant(
         return DefenderData(parts.budget, pool=None, train_size=0, seed=seed)
     poisoned = oracle = None
     if parts.budget.poisoned:
+        if len(victim.indicator) != len(splits.train):
+            raise got(
+                "budget",
+                parts.budget.name,
+                "one without the poisoned training set: which of these images were poisoned is "
+                "known of victims that are trained here, and of the zoo's beside their data set",
+            )
         poisoned = victim.attack.poison(splits.train, victim.indicator, seed=seed).resident()
     if parts.defense.selection == "oracle" and evaluator is not None:
         oracle = evaluator.observer()

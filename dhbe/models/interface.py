@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from dhbe.core.rng import generator
 from dhbe.core.types import DataSpec
 
 M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class DataFitted(Protocol):
+    """A network with layers that are set from training images, once, before training."""
+
+    def fit(self, images: Tensor) -> None:
+        """Set them from normalised images (N, C, H, W)."""
 
 
 @torch.no_grad()

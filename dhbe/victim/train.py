@@ -17,6 +17,7 @@ from dhbe.core.types import Batch
 from dhbe.data import ImageSet, TrainingBatches, to_float
 from dhbe.evaluation.evaluator import Evaluator
 from dhbe.models import Normalized
+from dhbe.models.interface import DataFitted
 from dhbe.training.recorder import Recorder, Stopwatch
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
@@ -30,6 +31,8 @@ MEASURED = 200
 """Training images by which a stored victim is recognised."""
 ROUNDING = 0.02
 """By which any of these figures may differ on other hardware."""
+FITTED = 5000
+"""Training images from which a network may set layers before training."""
 _verified: set[str | None] = set()
 """SHA-256 of victims verified in this process: a sweep reads one many times."""
 
@@ -96,7 +99,12 @@ class TrainedVictim(VictimSource):
 
     def start(self, request: VictimRequest) -> Normalized:
         """The network that training begins with."""
-        return request.network()
+        network = request.network()
+        if request.splits is not None and isinstance(network.network, DataFitted):
+            images = request.splits.train
+            raw, _ = next(images.batches(torch.arange(min(FITTED, len(images))), FITTED))
+            network.network.fit(network.normalize(to_float(raw)))
+        return network
 
     def clean(self, request: VictimRequest) -> Normalized:
         """A clean network that the attacker may look into before training."""
