@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs notebook clean
+.PHONY: help demo test check docs notebook zoo clean
 
 define install
 	if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python -e ".[$(1)]"; \
@@ -37,6 +37,12 @@ docs: $(BIN)/.installed  ## the site, into outputs/site; a warning is an error
 notebook: $(BIN)/.installed  ## execute examples/compare_defenses.ipynb (5 minutes)
 	$(call install,notebook)
 	$(BIN)/python docs/notebook.py examples/compare_defenses.ipynb
+
+zoo: $(BIN)/.installed  ## train the victims that zoo/ lacks (hours; DHBE_DATA is where CIFAR-10 lies)
+	$(BIN)/python run.py -m +sweep=zoo_start
+	$(BIN)/python -m dhbe.sweeping.publish outputs/zoo/results
+	$(BIN)/python run.py -m +sweep=zoo
+	$(BIN)/python -m dhbe.sweeping.publish outputs/zoo/results
 
 clean:  ## delete environment and outputs
 	rm -rf .venv outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,13 @@ def test_evidence_in_portions_is_the_same(monkeypatch, make_runtime) -> None:
     rates, patches = probe.reach(network, whole, make_runtime())
     assert len(rates) == 4
     assert len(patches) == 8
+
+
+def test_a_network_that_stayed_as_it_is_is_looked_at_once(make_runtime) -> None:
+    network, other = small(1), small(2)
+    probe = Probe(images=6, steps=1, patch_size=5, width=4, latent=8)
+    once = probe(network, copy.deepcopy(network), make_runtime())
+    twice = probe(network, other, make_runtime())
+    assert (once.agreement.hits, once.agreement.total, twice.agreement.total) == (6, 6, 12)
+    assert once.reach["victim"] == once.reach["purified"]
+    assert once.pictures.keys() == twice.pictures.keys()

@@ -14,7 +14,7 @@ from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.core.errors import ArtefactError, ConfigError
 from dhbe.experiment.pipeline import run
-from dhbe.sweeping.publish import publish
+from dhbe.sweeping.publish import TITLE, index, publish
 from dhbe.victim.zoo import CARD, PICTURE, WEIGHTS, Entry
 from tests.conftest import ROOT
 from tests.support.fixtures import _composed
@@ -128,3 +128,7 @@ def test_the_victims_of_the_repository_can_be_loaded(name: str) -> None:
     victim = dhbe.load_victim(name, ROOT / "zoo")
     assert Entry.read(ROOT / "zoo", name).card.name == name
     assert victim.network(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
+def test_the_list_in_the_repository_is_that_of_the_cards() -> None:
+    assert (ROOT / "zoo" / "README.md").read_text() == TITLE + index(ROOT / "zoo")

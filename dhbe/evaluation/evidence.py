@@ -88,16 +88,19 @@ class Probe:
     def __call__(self, original: Normalized, purified: Normalized, runtime: Runtime) -> Evidence:
         """Measure both networks, in eval mode; they stay as they are."""
         pair = [copy.deepcopy(n).eval().requires_grad_(False) for n in (original, purified)]
+        looked_at = pair[:1] if alike(*pair) else pair  # a scan leaves the network as it is
         x = torch.cat(
-            [self.impressions(n, runtime, role) for n, role in zip(pair, ROLES, strict=True)]
+            [self.impressions(n, runtime, r) for n, r in zip(looked_at, ROLES, strict=False)]
         )
         with torch.no_grad():
             said = [torch.cat([n(part) for part in parts(x)]) for n in pair]
         same = int((said[0].argmax(1) == said[1].argmax(1)).sum())
+        found = [self.reach(network, x, runtime) for network in looked_at]
         reach: dict[str, list[Rate]] = {}
         pictures = {"impressions": x[:: max(1, len(x) // (2 * STRONGEST))]}
-        for role, network in zip(ROLES, pair, strict=True):
-            reach[role], patches = self.reach(network, x, runtime)
+        found = found if len(found) == len(ROLES) else found * len(ROLES)
+        for role, (rates, patches) in zip(ROLES, found, strict=True):
+            reach[role] = rates
             pictures[f"strongest_{role}"] = (patches + 1) / 2  # grey: no change
         return Evidence(
             agreement=Rate(hits=same, total=len(x)),
@@ -201,6 +204,12 @@ def patch_side(reference: int, image_size: int) -> int:
     ]
     wanted = reference * image_size / 32
     return min(sides, key=lambda side: abs(side - wanted))
+
+
+def alike(a: Normalized, b: Normalized) -> bool:
+    """Whether two networks hold the same values throughout."""
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
 def weight_changes(before: Normalized, after: Normalized) -> dict[str, float]:

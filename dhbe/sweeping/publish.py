@@ -2,13 +2,13 @@
 
 Takes the results of ``defense=none``, reads (or trains) the victim of each, rounds it to float16,
 measures what is stored, and writes it with its card. Victims whose card is there are left alone.
+ZOO/README.md lists them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +27,21 @@ from dhbe.experiment.setting import Setting
 from dhbe.models import Normalized
 from dhbe.report.folder import below
 from dhbe.victim.store import Victim
-from dhbe.victim.zoo import CARD, CARDS, NAMED, PARTS, PICTURE, Card, Count, Entry, name_of, rounded
+from dhbe.victim.zoo import (
+    CARD,
+    CARDS,
+    NAMED,
+    PARTS,
+    PICTURE,
+    WEIGHTS,
+    Card,
+    Count,
+    Entry,
+    name_of,
+    rounded,
+)
 
-log = logging.getLogger(__name__)
+TITLE = "# Victims made beforehand\n\n"
 
 
 def publish(results: Sequence[Path], zoo: Path) -> list[Entry]:
@@ -104,9 +116,30 @@ def counted(setting: Setting, network: Normalized) -> dict[str, Count | None]:
 
 
 def _count(rate: Rate | None) -> Count | None:
-    if rate is None or not rate.total:
+    if rate is None or rate.interval is None:
         return None
     return Count(hits=rate.hits, total=rate.total, wilson95=rate.interval)
+
+
+def index(zoo: Path) -> str:
+    """Markdown table of a zoo's victims."""
+    files = sorted(zoo.glob(f"*/*/*/*/{CARD}"))
+    rows = [row(Entry.read(zoo, file.parent.relative_to(zoo).as_posix())) for file in files]
+    head = ["victim", "poison", "ACC (95 %)", "ASR (95 %)", "kB"]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def row(entry: Entry) -> list[str]:
+    """Cells of a victim's row."""
+    card, attack = entry.card, entry.card.config["attack"]
+    counts = (card.acc, card.asr)
+    shown = [
+        "" if c is None else "{:.2%} ({:.1%} to {:.1%})".format(c.rate, *c.wilson95) for c in counts
+    ]
+    poison = "" if card.asr is None else f"{attack['poison_rate']:.2%} to {attack['target_class']}"
+    size = f"{(entry.folder / WEIGHTS).stat().st_size / 1000:,.0f}"
+    return [f"`{card.name}`", poison, *shown, size]
 
 
 def main() -> None:
@@ -115,7 +148,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--zoo", type=Path, default=Path("zoo"))
     options = parser.parse_args()
-    guarded(lambda: publish(options.results, options.zoo) and None)
+
+    def published() -> None:
+        publish(options.results, options.zoo)
+        (options.zoo / "README.md").write_text(TITLE + index(options.zoo))
+
+    guarded(published)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Count:
 
     hits: Annotated[int, Ge(0)]
     total: Annotated[int, Ge(0)]
-    wilson95: tuple[float, float] | None
+    wilson95: tuple[float, float]
 
     @property
     def rate(self) -> float:
