@@ -77,7 +77,9 @@ class ScanUnlearn(Defense):
         most = max(every, key=lambda e: e.index)
         flagged = [most.target] if most.index >= self.threshold else []
         each = ", ".join(f"{e.family} {e.target}: {e.index:.1f}" for e in every)
-        runtime.recorder.suspect(flagged, f"scan_unlearn, evidence by family and class ({each})")
+        scores = [max(of_class) for of_class in zip(*(e.indices for e in every), strict=True)]
+        how = f"scan_unlearn, evidence by family and class ({each})"
+        runtime.recorder.suspect(flagged, how, scores)
         if flagged and not self.idle:
             others = x[y != most.target]  # imagined images of the target hold its trigger
             self.unlearn(network, others, most.target, most.kinds, runtime)

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 from typing import Any
 
-LAZY = {"purify": "dhbe.api", "load_victim": "dhbe.victim.zoo"}
+LAZY = {"purify": "dhbe.api", "scan": "dhbe.api", "load_victim": "dhbe.victim.zoo"}
 """Function -> the module that has it."""
 
 

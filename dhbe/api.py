@@ -1,10 +1,11 @@
-"""Purify a network in memory: ``dhbe.purify(model, ...)``."""
+"""Networks in memory: ``dhbe.purify(model)`` and ``dhbe.scan(model)``."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ from dhbe.core.paths import CONF
 from dhbe.experiment.assembly import assemble
 from dhbe.experiment.folder import ResultFolder
 from dhbe.experiment.pipeline import compute
+from dhbe.models import Normalized
 from dhbe.models.interface import prepared, unhooked
 from dhbe.models.own import channels_of, classes_of, side_of
 from dhbe.victim.memory import InMemoryVictim
@@ -78,34 +80,89 @@ def purify(
         DataError: images that cannot be read.
         DivergenceError: the purified model would hold NaN or infinite weights.
     """
-    bars = [] if progress is None else [f"trainer.progress={'always' if progress else 'never'}"]
-    choices = {"data": "own", "attack": "none", "model": type(model).__name__, "scale": scale}
-    choices |= {"defense": defense, "budget": "own" if clean else "none"}
-    chosen = [f"{group}={choices[group]}" for group in ("defense", "scale", "budget")]
-    tree = composed(
-        ["task=purify", "checkpoint=given", "model=resnet_tiny", *chosen, *bars, *overrides]
-    )
-    tree["data"] |= {"classes": classes, "channels": channels, "image_size": image_size}
-    tree["data"] |= {
+    data: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": image_size}
+    data |= {
         "normalization": _plain(normalization),
         "clean": None if clean is None else str(clean),
         "test": None if test is None else str(test),
     }
-    listed = tree["data"]["class_names"]
-    named = (clean, test, listed if isinstance(listed, str) else None)
-    tree["data"]["content"] = identity.content(Path(f) for f in named if f is not None)
+    choices = {"defense": defense, "scale": scale, "budget": "own" if clean else "none"}
+    tree = _tree(choices, data, progress, overrides)
     tree["trigger"] = None if trigger is None else str(trigger)
+    _, purified = _computed(model, tree, choices, report)
+    inner: nn.Module = unhooked(purified.network)
+    return inner.to(device="cpu", dtype=torch.float32).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a scan found; the scores are not calibrated.
+
+    Attributes:
+        classes: that stand out, as the target of a backdoor does; none is no proof.
+        scores: how far each class stands out (K,); the network is suspected from ``threshold``.
+        notes: the evidence, and what was assumed of the model.
+    """
+
+    classes: list[int]
+    scores: list[float]
+    threshold: float
+    notes: list[str]
+
+
+def scan(
+    model: nn.Module,
+    *,
+    image_size: int | None = None,
+    classes: int | None = None,
+    channels: int | None = None,
+    normalization: str | Mapping[str, Sequence[float]] | None = None,
+    report: str | Path | None = None,
+    progress: bool | None = None,
+    overrides: Sequence[str] = (),
+) -> Verdict:
+    """Look for the target class of a backdoor, without data; ``model`` stays as it is.
+
+    Arguments and errors are those of ``purify``.
+    """
+    data: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": image_size}
+    data |= {"normalization": _plain(normalization), "clean": None, "test": None}
+    choices = {"defense": "scan", "scale": "quick", "budget": "none"}
+    tree = _tree(choices, data, progress, overrides)
+    metrics, _ = _computed(model, tree, choices, report)
+    return Verdict(
+        classes=metrics["suspected"]["classes"],
+        scores=metrics["suspected"]["scores"],
+        threshold=tree["defense"]["threshold"],
+        notes=metrics["notes"],
+    )
+
+
+def _tree(
+    choices: dict[str, str], data: dict[str, Any], progress: bool | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The config of a task on a network in memory, with what is said of its images."""
+    bars = [] if progress is None else [f"trainer.progress={'always' if progress else 'never'}"]
+    chosen = [f"{group}={choice}" for group, choice in choices.items()]
+    tree = composed(
+        ["task=purify", "checkpoint=given", "model=resnet_tiny", *chosen, *bars, *overrides]
+    )
+    tree["data"] |= data
+    listed = tree["data"]["class_names"]
+    named = (data["clean"], data["test"], listed if isinstance(listed, str) else None)
+    tree["data"]["content"] = identity.content(Path(f) for f in named if f is not None)
+    return tree
+
+
+def _computed(
+    model: nn.Module, tree: dict[str, Any], choices: dict[str, str], report: str | Path | None
+) -> tuple[dict[str, Any], Normalized]:
+    """Metrics and purified network; in a temporary folder, or in ``report``, which is kept."""
     network = copied(model).to(device="cpu", dtype=torch.float32).eval()
     notes = fitted(network, tree["data"])
+    choices = {"data": "own", "attack": "none", "model": type(model).__name__} | choices
     tree, choices = with_trigger(tree, choices)
-    return _purified(tree, choices, InMemoryVictim(network, notes), report)
-
-
-def _purified(
-    tree: dict[str, Any], choices: dict[str, str], source: InMemoryVictim, report: str | Path | None
-) -> nn.Module:
-    """Run in a temporary folder, or in ``report``, which is kept; see ``purify``."""
-    parts = assemble(tree, source)
+    parts = assemble(tree, InMemoryVictim(network, notes))
     with TemporaryDirectory() as scratch:
         folder = ResultFolder(Path(scratch) / "result" if report is None else Path(report))
         if report is None:
@@ -113,9 +170,7 @@ def _purified(
         elif folder.complete:
             raise got("report", report, "a new or empty folder")
         with folder.claimed():
-            _, purified = compute(tree, parts, folder, choices, None)
-    inner: nn.Module = unhooked(purified.network)
-    return inner.to(device="cpu", dtype=torch.float32).eval()
+            return compute(tree, parts, folder, choices, None)
 
 
 def copied(model: nn.Module) -> nn.Module:

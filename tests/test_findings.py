@@ -42,6 +42,8 @@ def test_a_suspicious_class_is_named_and_its_certainty_not_invented() -> None:
     assert found.text.startswith("Class 1 (frog) stands out: ")
     assert "not been calibrated" in found.text
     assert found.alarming
+    ranked = of(suspected={"classes": [1], "scores": [0.5, 4.0, 1.25]})["Found"].text
+    assert "(highest score of a class 4.0, the next 1.2)" in ranked
     several = of(suspected={"classes": [0, 1]})["Found"].text
     assert several.startswith("Class 0, Class 1 stand out: ")
 

@@ -226,3 +226,17 @@ def test_the_python_call_leaves_the_model_alone_and_plays_the_game() -> None:
         dhbe.purify(model, image_size=32, classes=5, normalization="mars")
     with pytest.raises(ConfigError, match="FineTune needs clean images"):
         dhbe.purify(model, image_size=32, classes=5, defense="finetune")
+
+
+def test_a_model_can_be_scanned_in_memory() -> None:
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    sizes = {"image_size": 32, "classes": 5, "normalization": "none"}
+    found = dhbe.scan(model, **sizes, overrides=[*SCAN, "defense.threshold=1e-9"])  # type: ignore[arg-type]
+    assert found.classes == [found.scores.index(max(found.scores))]
+    assert len(found.scores) == 5
+    assert found.threshold == 1e-9
+    assert any("evidence by family" in note for note in found.notes)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    quiet = dhbe.scan(model, **sizes, overrides=[*SCAN, "defense.threshold=1e9"])  # type: ignore[arg-type]
+    assert (quiet.classes, quiet.scores) == ([], found.scores)

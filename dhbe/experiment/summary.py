@@ -66,15 +66,19 @@ def circumstances(outcome: Outcome) -> dict[str, Any]:
 
 
 def detection(outcome: Outcome) -> dict[str, Any]:
-    """The classes that a detector suspects, beside the attack's targets (None: not known)."""
-    suspected = outcome.setting.runtime.recorder.suspected
-    if suspected is None:
+    """The classes that a detector suspects, beside the attack's targets (None: not known).
+
+    ``scores``: of all classes, from detectors that rank them.
+    """
+    recorder = outcome.setting.runtime.recorder
+    if recorder.suspected is None:
         return {}
     targets = None
     if outcome.setting.evaluator is not None and outcome.setting.parts.attack.active:
         truth = outcome.setting.evaluator.truth
         targets = np.unique(truth.goal[truth.eligible]).tolist()
-    return {"suspected": {"classes": suspected, "targets": targets}}
+    found = {"classes": recorder.suspected, "targets": targets}
+    return {"suspected": found | ({"scores": recorder.scores} if recorder.scores else {})}
 
 
 def isolation(positions: list[int] | None, indicator: Tensor) -> dict[str, Any]:

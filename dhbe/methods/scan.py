@@ -28,24 +28,32 @@ from dhbe.training.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What speaks for one class.
+    """What the triggers of a kind speak for.
 
     Attributes:
-        index: see ``anomaly_index``.
+        indices: of each class, see ``anomaly_index``.
         family: of triggers: patch, corner, faint, wave.
         kinds: of that family, for unlearning.
     """
 
-    index: float
-    target: int
+    indices: list[float]
     family: str
     kinds: Sequence[Kind]
 
     @classmethod
     def of(cls, reached: Tensor, family: str, kinds: Sequence[Kind]) -> Evidence:
-        """For the class that stands out most among mean margins (K,)."""
-        index, target = anomaly_index(reached).max(dim=0)
-        return cls(index=float(index), target=int(target), family=family, kinds=kinds)
+        """From the mean margin that is reached for each class (K,)."""
+        return cls(indices=anomaly_index(reached).tolist(), family=family, kinds=kinds)
+
+    @property
+    def index(self) -> float:
+        """Of the class that stands out most."""
+        return max(self.indices)
+
+    @property
+    def target(self) -> int:
+        """The class that stands out most."""
+        return self.indices.index(self.index)
 
 
 @dataclass(frozen=True, kw_only=True)

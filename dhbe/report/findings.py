@@ -47,7 +47,8 @@ def findings(metrics: dict[str, Any], names: Sequence[str]) -> list[Finding]:
 
 def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
     """The detector's verdict."""
-    suspected = (metrics.get("suspected") or {}).get("classes")
+    detected = metrics.get("suspected") or {}
+    suspected = detected.get("classes")
     if suspected is None:
         text = f"defense={metrics['defense']} does not look for the attacker's target class."
     elif suspected:
@@ -55,14 +56,22 @@ def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
         text = (
             f"{listed} {'stands' if len(suspected) == 1 else 'stand'} out: triggers that were "
             "sought move images of the other classes there. So does a backdoor. How sure this is "
-            "has not been calibrated; the evidence is in the notes below."
+            f"has not been calibrated{ranked(detected)}; the evidence is in the notes below."
         )
     else:
         text = (
             "No class stands out. That does not prove that there is no backdoor: some kinds of "
-            "triggers are not sought, and some that are sought are missed."
+            f"triggers are not sought, and some that are sought are missed{ranked(detected)}."
         )
     return Finding(title="Found", text=text, alarming=bool(suspected))
+
+
+def ranked(detected: dict[str, Any]) -> str:
+    """The two highest scores, where all classes have one."""
+    scores = sorted(detected.get("scores") or [], reverse=True)
+    if len(scores) < 2:
+        return ""
+    return f" (highest score of a class {scores[0]:.1f}, the next {scores[1]:.1f})"
 
 
 def done(metrics: dict[str, Any]) -> Finding:

@@ -37,6 +37,7 @@ class Recorder(Checkpoint):
         self.pictures: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
         self.suspected: list[int] | None = None
+        self.scores: list[float] | None = None
         self.isolated: list[int] | None = None
         self._observe, self._every = observe, every
 
@@ -61,13 +62,17 @@ class Recorder(Checkpoint):
             self.rows.append({"epoch": epoch})
         self.rows[-1].update(figures)
 
-    def suspect(self, classes: Sequence[int], how: str) -> None:
+    def suspect(
+        self, classes: Sequence[int], how: str, scores: Sequence[float] | None = None
+    ) -> None:
         """Keep the classes that a detector takes for targets (none, if it finds no backdoor).
 
         Args:
             how: method and details, for the note.
+            scores: how much every class stands out, in the detector's units.
         """
         self.suspected = sorted(classes)
+        self.scores = None if scores is None else list(scores)
         self.notes.append(f"{how}: suspicious classes {self.suspected}")
 
     def isolate(self, positions: Tensor, how: str) -> None:
@@ -96,12 +101,14 @@ class Recorder(Checkpoint):
         """For the checkpoint."""
         pictures = {k: torch.from_numpy(v) for k, v in self.pictures.items()}
         kept = {"rows": self.rows, "notes": self.notes, "suspected": self.suspected}
-        return {**kept, "isolated": self.isolated, "pictures": pictures}
+        kept |= {"scores": self.scores, "isolated": self.isolated}
+        return {**kept, "pictures": pictures}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.rows, self.notes = state_dict["rows"], state_dict["notes"]
         self.suspected, self.isolated = state_dict["suspected"], state_dict.get("isolated")
+        self.scores = state_dict.get("scores")
         self.pictures = {k: v.numpy() for k, v in state_dict["pictures"].items()}
 
 
