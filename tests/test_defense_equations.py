@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from scipy.optimize import linprog
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from defenses.i_bau import implicit
 from defenses.nad import attention
 from defenses.neural_cleanse import Trigger
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
+from defenses.otbr import filters, fuse
 from defenses.trap_and_replace import decoder
 from defenses.ulrl import reset
 from dhbe.config.schema import plain
@@ -381,3 +383,54 @@ def test_decoder_and_total_variation() -> None:
     assert published == ["ConvTranspose2d", "ReLU", "ConvTranspose2d", "Sigmoid"]
     x = torch.tensor([[[[0.0, 1], [2, 3]]]])  # down: 4 + 4, right: 1 + 1
     assert float(total_variation_squared(x)) == 10 / 4
+
+
+def plan_of(target: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Cheapest plan from equal masses to ``target``, by linear programming."""
+    n, m = cost.shape
+    rows = [np.kron(row, np.ones(m)) for row in np.eye(n)]
+    columns = [np.kron(np.ones(n), column) for column in np.eye(m)]
+    masses = np.concatenate([np.full(n, 1 / n), target])
+    found = linprog(cost.ravel(), A_eq=np.array(rows + columns), b_eq=masses)
+    return found.x.reshape(n, m)
+
+
+def test_otbr_carries_pruned_filters_by_the_cheapest_plans() -> None:
+    """Three layers, of which the first loses none, by sums over filters and another solver."""
+    rng = generator(0, "otbr")
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3), nn.Conv2d(5, 3, 3)).double()
+    network.shortcut = nn.Conv2d(3, 3, 1)
+    before = [m.weight.detach().numpy().copy() for m in filters(network)]
+    changes = [torch.rand(n, generator=rng).double() + low for n, low in ((4, 0.1), (5, 2), (3, 1))]
+    fuse(network, changes, share=0.2, lam=0.4)
+    changes = [c.numpy() for c in changes]
+    lost = set(np.argsort(-np.concatenate(changes))[:2])  # of 12
+    assert min(lost) >= 4
+    carried = np.eye(4)
+    for layer, change, old, start in zip(
+        filters(network)[1:], changes[1:], before[1:], (4, 9), strict=True
+    ):
+        pruned = old.copy()
+        pruned[[k - start for k in lost if start <= k < start + len(old)]] = 0
+        target = change / change.sum()
+        cost = np.linalg.norm((pruned[:, None] - old[None]).reshape(*[len(old)] * 2, -1), axis=2)
+        plan = plan_of(target, cost)
+        wanted = np.zeros_like(old)
+        for o, p, j, i in itertools.product(
+            range(len(old)), range(len(old)), range(old.shape[1]), range(len(carried))
+        ):
+            wanted[o, j] += plan[p, o] / target[o] * pruned[p, i] * carried[i, j]
+        assert np.allclose(layer.weight.detach().numpy(), 0.4 * wanted + 0.6 * old, atol=1e-9)
+        carried = plan / target
+    assert np.array_equal(filters(network)[0].weight.detach().numpy(), before[0])
+    assert len(filters(network)) == 3, "shortcuts are left alone"
+
+
+def test_otbr_measures_what_unlearning_noise_changes(compose_config, make_runtime) -> None:
+    """Steps of ascent on the network itself, without its normalisation; the suspect stays."""
+    victim = suspect().network
+    before = {k: v.clone() for k, v in victim.state_dict().items()}
+    changes = build("otbr", compose_config).unlearned(victim, make_runtime())
+    assert [len(c) for c in changes] == [c.out_channels for c in filters(victim)]
+    assert all((c > 0).any() for c in changes)
+    assert all(torch.equal(v, before[k]) for k, v in victim.state_dict().items())

@@ -115,7 +115,7 @@ class Entry:
         return cls(folder=folder, card=card)
 
     def write(self, network: Normalized, attack: Attack, indicator: Tensor) -> Entry:
-        """Store weights and card; returns the entry with the weights' hash."""
+        """Store weights and card, with the poison indicator (N,); returns the entry and its hash."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {INDICATOR: indicator.cpu()}
         for part, module in (("network", network), ("attack", attack)):
@@ -154,7 +154,7 @@ def name_of(choices: Mapping[str, str], seed: int) -> str:
 
 
 def rounded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network's state in float16, but for the normalisation, which the config tells too."""
+    """A network's state, in the same shapes, in float16 but for the normalisation."""
     return {
         k: v.half() if v.is_floating_point() and k not in STATISTICS else v
         for k, v in state.items()
