@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from scipy.fft import dctn, idctn
+from torch.nn import functional as F
 
 from attacks.composite import halves
 from attacks.frequency import cosine, shifted
 from attacks.label_consistent import corners
+from attacks.refool import ghost
 from dhbe.core.errors import ConfigError, DataError
 from dhbe.core.rng import generator
 from dhbe.core.types import COVER, POISON
@@ -513,3 +515,51 @@ def test_helpers(make_runtime) -> None:
     out.sum().backward()
     assert x.grad is not None
     assert all(p.grad is None for p in network.parameters())
+
+
+def test_four_pixels_are_planted_one_by_one_and_shown_together(compose_config) -> None:
+    attack = build("adaptive_k_way", compose_config, SPEC32)
+    x = torch.full((400, 3, 32, 32), 200 / 255)
+    args = {"y": torch.zeros(400, dtype=torch.long), "index": torch.arange(400)}
+    shown = attack.apply(x[:1], y=args["y"][:1], index=args["index"][:1])
+    changed = (shown != x[:1]).any(1)[0].nonzero().tolist()
+    assert changed == [[7, 30], [16, 11], [22, 22], [27, 5]]
+    assert (shown[0, :, 16, 11] * 255).round().tolist() == [92, 0, 24]
+    indicator = torch.tensor([0, 1, 2, 1]).repeat(100)
+    made = attack.training_images(x, **args, indicator=indicator, rng=generator(0))
+    pixels = (made != x).any(1).flatten(1).sum(1)
+    assert torch.equal(pixels, (indicator != 0).long()), "one pixel of poison and covers"
+    assert (made != x).any(1).any(0).sum() == 4
+
+
+def test_covers_of_tact_are_neither_source_nor_target(compose_config) -> None:
+    rates = {"poison_rate": 0.05, "cover_rate": 0.2}
+    attack = build("tact", compose_config, SPEC32, **rates)
+    y = torch.arange(400) % SPEC32.classes
+    indicator = attack.select(y, generator(0))
+    assert set(y[indicator == 1].tolist()) == {1}
+    assert set(y[indicator == 2].tolist()) == set(range(SPEC32.classes)) - {0, 1}
+    assert int((indicator == 2).sum()) == 80
+    assert torch.equal(attack.rule.eligible(y), y == 1), "ASR is that of the source class"
+    with pytest.raises(ConfigError, match=r"attack\.cover_classes=\[1\]: expected among"):
+        build("tact", compose_config, SPEC32, cover_classes=[1])
+
+
+def test_a_reflection_is_two_views_in_linear_light() -> None:
+    """By hand: a picture of one bright column, seen twice with a shift of one pixel."""
+    light = torch.zeros(1, 4, 4)
+    light[:, :, 1] = 1
+    seen = ghost(light, down=0, right=1, share=0.25)
+    wanted = F.interpolate(
+        torch.tensor([0.25, 0.75, 0]).expand(1, 1, 4, 3), (4, 4), mode="bilinear"
+    )
+    assert torch.allclose(seen, wanted[0])
+
+
+def test_refool_mixes_light_and_not_pixels(compose_config, make_runtime) -> None:
+    attack = build("refool", compose_config, SPEC32, images=2, least_shift=0, most_shift=0)
+    train = Resident(torch.full((6, 3, 32, 32), 128, dtype=torch.uint8), torch.arange(6) % 4)
+    prepare(attack, train, make_runtime())
+    out = attack.apply(torch.full((3, 3, 32, 32), 0.2), y=torch.zeros(3), index=torch.arange(3))
+    wanted = (0.4 * 0.2**2.2 + 0.6 * (128 / 255) ** 2.2) ** (1 / 2.2)
+    assert torch.allclose(out, torch.tensor(wanted), atol=0.005)

@@ -197,8 +197,13 @@ class Attack(nn.Module):
             return positions[order[:count].to(positions.device)]
 
         indicator[draw(able, poison)] = POISON
-        indicator[draw((indicator == CLEAN).nonzero().flatten(), cover)] = COVER
+        free = (indicator == CLEAN) & self.coverable(y)
+        indicator[draw(free.nonzero().flatten(), cover)] = COVER
         return indicator
+
+    def coverable(self, y: Tensor) -> Tensor:
+        """Whether an image of these labels (B,) may become a cover image (B,) bool."""
+        return torch.ones_like(y, dtype=torch.bool)
 
     def relabel(self, y: Tensor, indicator: Tensor) -> Tensor:
         """Training labels (N,): the goal for poison, the true label for the rest."""

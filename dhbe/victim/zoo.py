@@ -115,7 +115,7 @@ class Entry:
         return cls(folder=folder, card=card)
 
     def write(self, network: Normalized, attack: Attack, indicator: Tensor) -> Entry:
-        """Store weights and card, with the poison indicator (N,); returns the entry and its hash."""
+        """Store weights, poison indicator (N,) and card; returns the entry with the hash."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {INDICATOR: indicator.cpu()}
         for part, module in (("network", network), ("attack", attack)):
