@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import ConfigError
 from dhbe.data import DefenderData
+from dhbe.methods.channels import prune_outliers
 from dhbe.models import Normalized
 from dhbe.models.dataflow import conv_bn_pairs
 from dhbe.training.runtime import Runtime
@@ -42,15 +43,10 @@ class CLP(Defense):
                 "defense=clp: the network has no convolution followed by BatchNorm; "
                 "use defense=dhbe, which needs neither"
             )
-        pruned = 0
         with torch.no_grad():
-            for conv, norm in pairs:
-                bound = channel_lipschitz(conv, norm)
-                out = bound > bound.mean() + self.u * bound.std()
-                norm.weight[out], norm.bias[out] = 0, 0
-                pruned += int(out.sum())
-        total = sum(norm.num_features for _, norm in pairs)
-        runtime.recorder.notes.append(f"clp pruned {pruned} of {total} channels")
+            bounds = [channel_lipschitz(conv, norm) for conv, norm in pairs]
+        pruned = prune_outliers([norm for _, norm in pairs], bounds, self.u)
+        runtime.recorder.notes.append(f"clp pruned {pruned}")
         return network
 
 

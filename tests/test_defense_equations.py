@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from defenses.abl import local_ascent
 from defenses.anp import ANP
 from defenses.awm import AWM
+from defenses.bnp import divergence
+from defenses.ep import uniformity
 from defenses.fine_pruning import head_accuracy
 from defenses.fip import Spectrum, fisher_trace
 from defenses.ft_sam import ascent
@@ -434,3 +436,58 @@ def test_otbr_measures_what_unlearning_noise_changes(compose_config, make_runtim
     assert [len(c) for c in changes] == [c.out_channels for c in filters(victim)]
     assert all((c > 0).any() for c in changes)
     assert all(torch.equal(v, before[k]) for k, v in victim.state_dict().items())
+
+
+def test_bnp_compares_normal_distributions() -> None:
+    norm, x = nn.BatchNorm2d(3), torch.randn(3, 500, generator=generator(0)) * 2 + 1
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    of_batch = torch.distributions.Normal(x.mean(1), (x.var(1) + norm.eps).sqrt())
+    kept = torch.distributions.Normal(norm.running_mean, (norm.running_var + norm.eps).sqrt())
+    wanted = torch.distributions.kl_divergence(of_batch, kept)
+    assert torch.allclose(divergence(norm, x), wanted, rtol=1e-4)
+
+
+def test_ep_counts_bars_of_a_tenth_of_a_deviation() -> None:
+    """Against loops over channels and bars; the channel with two modes has the lowest entropy."""
+    x = torch.randn(4, 400, generator=generator(0))
+    x[2] = (x[2] > 0).float() * 6 + 0.2 * torch.randn(400, generator=generator(1))
+    found = uniformity(nn.BatchNorm2d(4), x)
+    scaled = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+    low, bars = float(scaled.min()), int((scaled.max() - scaled.min()) / 0.1)
+    for channel, value in zip(scaled.tolist(), found.tolist(), strict=True):
+        shares = [
+            sum(low + 0.1 * n <= v < low + 0.1 * (n + 1) for v in channel) / 400
+            for n in range(bars)
+        ]
+        assert value == pytest.approx(sum(p * math.log(p) for p in shares if p), abs=0.03)
+    assert found.argmax() == 2
+
+
+def test_channels_that_stand_out_are_pruned(images, compose_config, make_runtime) -> None:
+    """A channel whose clean inputs are far from what BatchNorm remembers."""
+    victim = suspect()
+    norm = victim.network.network.stages[1][0].bn1
+    norm.running_mean[3] += 50
+    purified = build("bnp", compose_config, u=2.5)(
+        victim, granted(images, fraction=0.1), make_runtime()
+    )
+    pruned = purified.network.stages[1][0].bn1
+    assert pruned.weight[3] == pruned.bias[3] == 0
+    assert (pruned.weight == 0).sum() == 1
+
+
+def test_fst_turns_the_classifier_away_at_its_old_length(
+    images, compose_config, make_runtime
+) -> None:
+    victim = suspect()
+    before = classifier(victim.network).weight.detach().clone()
+    turned = []
+    for alpha in (0.0, 50.0):
+        purified = build("fst", compose_config, alpha=alpha)(
+            victim, granted(images, fraction=0.1), make_runtime(work=str(alpha))
+        )
+        after = classifier(purified).weight
+        assert float(after.detach().norm()) == pytest.approx(float(before.norm()), rel=1e-4)
+        turned.append(float((after * before).sum().detach()))
+    assert turned[1] < turned[0]

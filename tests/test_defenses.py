@@ -136,7 +136,7 @@ KINDS = {  # beside the post-activation ResNet of the other tests
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "defenses").glob("[a-z]*.py")))
 def test_every_method_takes_every_kind_of_network(
-    name: str, kind: str, compose_config, images: Resident, make_runtime
+    name: str, kind: str, compose_config, images: Resident, make_runtime, caplog
 ) -> None:
     defense, spec = build(name, compose_config), make_spec()
     torch.manual_seed(0)
@@ -150,17 +150,8 @@ def test_every_method_takes_every_kind_of_network(
     purified = defense(victim, rich(images), make_runtime())
     x = torch.rand(3, *spec.shape)
     changed = not torch.equal(purified(x), network(x))
-    may_stay = name in (
-        "none",
-        "clp",
-        "anp",
-        "rnp",
-        "cetf",
-        "neural_cleanse",
-        "scan_unlearn",
-        "auto",
-    )
-    assert changed or may_stay, "these may find nothing to prune or no trigger"
+    told = defense.idle or "changed no weight" in caplog.text  # nothing to prune, no trigger
+    assert changed or told
 
 
 @pytest.mark.parametrize("name", DEFENSES)

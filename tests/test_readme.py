@@ -99,7 +99,7 @@ def test_make_targets_and_extras_exist() -> None:
     for line in MAKE:
         target = line.split()[1]
         assert f"\n{target}:" in makefile
-        assert f"make {target}" in ci or "demo" in target
+        assert f"make {target}" in ci or target == "zoo"  # which takes hours
     project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     extras = set(re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE))
     for line in INSTALL:
@@ -149,7 +149,7 @@ def test_command_composes(line: str, tmp_path: Path, compose_config, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if p.name in ("purify.md",)], ids=lambda p: p.name
+    "page", [p for p in PAGES if p.name in ("purify.md", "zoo.md")], ids=lambda p: p.name
 )
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -169,6 +169,8 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     if "task=purify" in words:
         extra = ["trainer.threads=1"]
         words += [] if any(w.startswith("defense=") for w in words) else ["defense=dhbe_guided"]
+    if "victim=zoo" in words:
+        extra = [*extra[:2], "trainer.threads=1"]
     if "victim=finetune" in words:
         extra = [*extra[:2], "trainer.threads=1", "victim.schedule.epochs=1"]
     if {"victim=checkpoint", "task=purify"} & {*words}:

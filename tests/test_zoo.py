@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 import dhbe
+from dhbe.api import composed
 from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.core.errors import ArtefactError, ConfigError
@@ -17,7 +18,6 @@ from dhbe.experiment.pipeline import run
 from dhbe.sweeping.publish import TITLE, index, publish
 from dhbe.victim.zoo import CARD, PICTURE, WEIGHTS, Entry
 from tests.conftest import ROOT
-from tests.support.fixtures import _composed
 
 MADE = ("data.limit=200", "model.widths=[8,8]", "model.blocks=1", "victim.epochs=1", "seed=3")
 QUIET = ("trainer.threads=1", "defense=none")
@@ -29,7 +29,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo with a clean and a backdoored network, and the results that they were made from."""
     folder = tmp_path_factory.mktemp("zoo")
     for attack in ("badnets", "none"):
-        config = OmegaConf.create(_composed((*MADE, *QUIET, f"attack={attack}")))
+        config = OmegaConf.create(composed([*MADE, *QUIET, f"attack={attack}"]))
         config.paths.victims = str(folder / "victims")
         choices = {"data": "cifar10_mini", "model": "resnet_tiny", "attack": attack}
         run(config, folder / "results" / attack, choices | {"defense": "none"})
