@@ -38,9 +38,12 @@ notebook: $(BIN)/.installed  ## execute examples/compare_defenses.ipynb (5 minut
 	$(call install,notebook)
 	$(BIN)/python docs/notebook.py examples/compare_defenses.ipynb
 
+START := data=cifar10 scale=cpu model=airbench_half attack=none defense=none paths.victims=outputs/zoo/victims
+
 zoo: $(BIN)/.installed  ## train the victims that zoo/ lacks (hours; DHBE_DATA is where CIFAR-10 lies)
-	$(BIN)/python run.py data=cifar10 scale=cpu model=airbench_half victim=airbench attack=none defense=none \
-		paths.victims=outputs/zoo/victims paths.results=outputs/zoo/results
+	$(BIN)/python run.py $(START) victim=airbench hydra.run.dir=outputs/zoo/start
+	$(BIN)/python run.py $(START) victim=finetune victim.path=outputs/zoo/start/purified.safetensors hydra.run.dir=outputs/zoo/results/start \
+		schedule@victim.schedule=muon_linear victim.schedule.epochs=4 victim.schedule.learning_rate=0.08 victim.schedule.batch_size=500
 	$(BIN)/python -m dhbe.sweeping.publish outputs/zoo/results
 	$(BIN)/python run.py -m +sweep=zoo
 	$(BIN)/python -m dhbe.sweeping.publish outputs/zoo/results
