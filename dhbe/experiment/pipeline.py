@@ -83,7 +83,7 @@ def compute(
     if processes.first():  # before anything else can go wrong
         source = None if parts.defense.idle else parts.source
         save_weights(result.open(cell), tree, source, purified)
-    after = setting.predictions(purified)
+    after = before if parts.defense.idle else setting.predictions(purified)
     setting.runtime.recorder.notes += setting.caveats(before)
     outcome = Outcome(
         setting=setting,
