@@ -60,7 +60,12 @@ def test_every_experiment_assembles(name: str, compose_config) -> None:
 
 @pytest.mark.parametrize("name", names("victim"))
 def test_every_schedule_fits(name: str, compose_config) -> None:
-    extra = ["victim.path=x"] if name in ("checkpoint", "finetune") else []
+    needed = {
+        "checkpoint": ["victim.path=x"],
+        "finetune": ["victim.path=x"],
+        "zoo": ["victim.name=x"],
+    }
+    extra = needed.get(name, [])
     victim = plain(compose_config(f"victim={name}", *extra))["victim"]
     assert errors_in(victim, "victim") == []
 
@@ -147,8 +152,9 @@ def test_a_defense_brings_its_budget_and_a_victim_switches_nothing(compose_confi
     plain_model, plain_attack = compose_config().model, compose_config().attack
     for victim in names("victim"):
         found = compose_config(f"victim={victim}")
-        assert found.attack == plain_attack
-        if victim != "finetune":  # its file tells the network, unless model= is said
+        if victim != "zoo":  # whose victims bring both
+            assert found.attack == plain_attack
+        if victim not in ("finetune", "zoo"):  # a file tells the network, unless model= is said
             assert found.model == plain_model
     assert compose_config("victim=finetune").model._target_ == "dhbe.checkpoint.inferred"
     assert compose_config("victim=finetune", "model=resnet_tiny").model == plain_model

@@ -203,4 +203,5 @@ def test_every_value_of_every_sweep_assembles(name: str, compose_config) -> None
     longest = max(map(len, parameters.values()))
     for i in range(longest):  # each value at least once
         overrides = [*given, *(f"{k}={axis[i % len(axis)]}" for k, axis in parameters.items())]
-        assemble(plain(compose_config(f"+sweep={name}", *overrides)))
+        tree = plain(compose_config(f"+sweep={name}", *overrides))
+        assemble(resolved(tree, {})[0] if "victim.name" in parameters else tree)

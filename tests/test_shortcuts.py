@@ -127,7 +127,7 @@ def test_what_weights_do_not_say_is_said_and_not_loaded(
     method = ssft(compose_config, selection="fixed", block=0)
     repaired = method.repair(tiny(SPEC), data, runtime)
     assert "network.stages.0.0 has no shortcut any more" in runtime.recorder.notes[1]
-    tree = {"data": {"name": "x"}, "model": {}}
+    tree = {"data": {"name": "x", "image_size": 32}, "model": {}}
     save_weights(tmp_path, tree, InMemoryVictim(nn.Identity()), repaired)
     with pytest.raises(ArtefactError, match=r"not the network that was .*stages\.0\.0 has"):
         CheckpointFile(path=str(tmp_path / "purified.safetensors")).load_into(tiny(SPEC))
