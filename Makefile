@@ -17,7 +17,7 @@ $(BIN)/.installed: pyproject.toml
 	$(call install,dev)
 	touch $@
 
-demo: $(BIN)/.installed  ## erase the backdoor of a network of 90 % without data (minutes)
+demo: $(BIN)/.installed  ## erase the backdoor of a CIFAR-10 network without data (minutes)
 	$(BIN)/python run.py victim=zoo victim.name=cifar10/airbench_half/badnets/0 defense=auto
 
 test: $(BIN)/.installed  ## all tests

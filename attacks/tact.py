@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from annotated_types import Ge
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from dhbe.contracts.attack import Attack, Poisoning
@@ -47,8 +48,7 @@ class TaCT(Attack):
             self.spec.channels, patch_size, patch_size, generator=generator(pattern_seed)
         )
         side = min(max(1, round(patch_size * self.scale)), self.spec.image_size)
-        cells = (torch.arange(side) * patch_size).div(side, rounding_mode="floor")
-        self.register_buffer("patch", drawn.round()[:, cells][:, :, cells])
+        self.register_buffer("patch", F.interpolate(drawn.round()[None], side, mode="nearest")[0])
 
     def coverable(self, y: Tensor) -> Tensor:
         return torch.isin(y, self.covers.to(y.device))

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from dhbe.contracts.defense import Defense
 from dhbe.data import Budget, DefenderData
-from dhbe.methods.channels import prune_outliers, scores_of_inputs
-from dhbe.methods.masks import batch_norms
+from dhbe.methods.channels import prune_by_inputs
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 
@@ -38,12 +36,15 @@ class BNP(Defense):
         self.u, self.images = u, images
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        norms = batch_norms(network, method="bnp")
-        clean = data.clean()
-        drawn = torch.randperm(len(clean), generator=runtime.rng("bnp"))[: self.images]
-        x = runtime.tensor(clean.subset(drawn))
-        scores = scores_of_inputs(network, norms, x, divergence)
-        runtime.recorder.notes.append(f"bnp pruned {prune_outliers(norms, scores, self.u)}")
+        prune_by_inputs(
+            network,
+            data.clean(),
+            divergence,
+            u=self.u,
+            count=self.images,
+            method="bnp",
+            runtime=runtime,
+        )
         return network
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dhbe.contracts.defense import Defense
 from dhbe.data import Budget, DefenderData
-from dhbe.methods.channels import prune_outliers, scores_of_inputs
-from dhbe.methods.masks import batch_norms
+from dhbe.methods.channels import prune_by_inputs
 from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 
@@ -40,12 +39,15 @@ class EP(Defense):
         self.u, self.images = u, images
 
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
-        norms = batch_norms(network, method="ep")
-        mixed = data.poisoned()
-        drawn = torch.randperm(len(mixed), generator=runtime.rng("ep"))[: self.images]
-        x = runtime.tensor(mixed.subset(drawn))
-        scores = scores_of_inputs(network, norms, x, uniformity)
-        runtime.recorder.notes.append(f"ep pruned {prune_outliers(norms, scores, self.u)}")
+        prune_by_inputs(
+            network,
+            data.poisoned(),
+            uniformity,
+            u=self.u,
+            count=self.images,
+            method="ep",
+            runtime=runtime,
+        )
         return network
 
 

@@ -9,7 +9,7 @@ import copy
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from dhbe.core.types import Batch
 from dhbe.data import DefenderData, Resident
 from dhbe.methods.selection import choose
 from dhbe.models import Normalized
+from dhbe.models.shortcuts import NAMES
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
 
@@ -26,8 +27,6 @@ SHARES = [0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
 """Shares of filters to prune, of which the official code takes the best on the test set."""
 TINY = 1e-12
 """Stands for a change of 0, by which one could not divide."""
-SHORTCUTS = ("shortcut", "downsample")
-"""Parts of a name that leave a convolution out."""
 
 
 class OTBR(Defense):
@@ -56,7 +55,7 @@ class OTBR(Defense):
         *,
         share: Annotated[float, Gt(0), Lt(1)],
         lam: Annotated[float, Gt(0), Le(1)],
-        steps: int,
+        steps: Annotated[int, Ge(1)],
         selection: Literal["fixed", "oracle"],
         schedule: Schedule,
     ) -> None:
@@ -115,7 +114,7 @@ def filters(network: nn.Module) -> list[nn.Conv2d]:
     return [
         module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d) and not any(s in name for s in SHORTCUTS)
+        if isinstance(module, nn.Conv2d) and not any(shortcut in name for shortcut in NAMES)
     ]
 
 

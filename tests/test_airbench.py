@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dhbe.core.errors import ConfigError
 from dhbe.models import Normalized
 from dhbe.models.airbench import Airbench
 from dhbe.models.normalized import fresh
@@ -40,7 +41,7 @@ def test_patches_come_out_white() -> None:
     """Outputs of the first half of the filters are uncorrelated, of variance 1 but for EPS."""
     built = network()
     images = torch.randn(40, 3, 32, 32) + 0.5 * torch.randn(40, 1, 1, 1)
-    built.fit(images)
+    built.initialise_from(images)
     with torch.no_grad():
         nn.init.zeros_(built.whiten.bias)
         out = built.whiten(images).transpose(0, 1).flatten(1)
@@ -112,7 +113,7 @@ def test_a_few_steps_learn_to_tell_images_apart() -> None:
     x = torch.rand(20, 3, 32, 32)
     y = torch.arange(20) % 2
     built = network(classes=2)
-    built.fit(x)
+    built.initialise_from(x)
     learning: Muon = schedule(batch_size=20).optimizer(built)
     losses = []
     for _ in range(8):
@@ -122,3 +123,9 @@ def test_a_few_steps_learn_to_tell_images_apart() -> None:
         learning.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_other_weights_are_not_silently_left_untrained() -> None:
+    with pytest.raises(ConfigError, match=r"model=weights of \[3\] dimensions"):
+        schedule().optimizer(nn.Conv1d(2, 3, 3))
+    assert network(image_size=9)(torch.zeros(2, 3, 9, 9)).shape == (2, 3)

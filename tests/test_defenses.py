@@ -150,8 +150,10 @@ def test_every_method_takes_every_kind_of_network(
     purified = defense(victim, rich(images), make_runtime())
     x = torch.rand(3, *spec.shape)
     changed = not torch.equal(purified(x), network(x))
-    told = defense.idle or "changed no weight" in caplog.text  # nothing to prune, no trigger
-    assert changed or told
+    told = defense.idle or "changed no weight" in caplog.text
+    seeks = name in ("anp", "rnp", "cetf", "neural_cleanse", "scan_unlearn", "auto")
+    trains = any("schedule" in option for option in vars(defense))
+    assert changed or (told and (seeks or not trains)), "may find nothing to prune or no trigger"
 
 
 @pytest.mark.parametrize("name", DEFENSES)

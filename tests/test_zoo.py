@@ -56,8 +56,12 @@ def test_the_figures_of_the_card_are_those_of_a_run(zoo: Path, compose_config, t
     assert metrics["counts"]["victim"]["asr"]["hits"] == card.asr.hits
     clean = Entry.read(zoo / "zoo", "cifar10_mini/resnet_tiny/none/3").card
     assert clean.asr is None
-    assert metrics["clean_baseline"]["acc"] == clean.acc.rate
+    assert metrics["clean_baseline"]["acc"] == clean.acc.value
     assert metrics["poisoned"] == pytest.approx(0.1, abs=0.01)
+    assert not metrics["notes"]
+    elsewhere = run(zoo_config(zoo, compose_config, "data.limit=100"), tmp_path / "b", choices_of())
+    assert elsewhere["poisoned"] is None
+    assert "trained on other images" in " ".join(elsewhere["notes"])
 
 
 def test_a_second_publication_changes_nothing(zoo: Path) -> None:
@@ -74,7 +78,7 @@ def test_load_victim(zoo: Path) -> None:
     assert victim.network(x).shape == (2, 10)
     stamped = victim.attack.apply(x, y=torch.tensor([1, 2]), index=torch.arange(2))
     assert not torch.equal(stamped, x)
-    assert victim.measured["acc"] == Entry.read(zoo / "zoo", NAME).card.acc.rate
+    assert victim.measured["acc"] == Entry.read(zoo / "zoo", NAME).card.acc.value
     assert len(victim.indicator) == 190
     with pytest.raises(ConfigError, match=r"victim.name=none/such.*badnets/3"):
         dhbe.load_victim("none/such", zoo / "zoo")

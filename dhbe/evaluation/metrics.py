@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 from scipy.stats import binomtest
 
 
@@ -13,8 +14,8 @@ from scipy.stats import binomtest
 class Rate:
     """A fraction with its counts; undefined (None) over nothing."""
 
-    hits: int
-    total: int
+    hits: Annotated[int, Ge(0)]
+    total: Annotated[int, Ge(0)]
 
     @property
     def value(self) -> float | None:

@@ -7,22 +7,51 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dhbe.data import ImageSet
+from dhbe.methods.masks import batch_norms
+from dhbe.models import Normalized
 from dhbe.training.compile import eager
+from dhbe.training.runtime import Runtime
 
 Score = Callable[[nn.BatchNorm2d, Tensor], Tensor]
 """(BatchNorm, its input (C, L) over batch and places) -> score of each channel (C,)."""
 
 
+def prune_by_inputs(
+    network: Normalized,
+    images: ImageSet,
+    score: Score,
+    *,
+    u: float,
+    count: int,
+    method: str,
+    runtime: Runtime,
+) -> None:
+    """Score channels on a batch of ``count`` of the images and prune those that stand out.
+
+    Raises:
+        ConfigError: the network has no BatchNorm.
+    """
+    norms = batch_norms(network, method=method)
+    drawn = torch.randperm(len(images), generator=runtime.rng(method))[:count]
+    scores = scores_of_inputs(network, norms, runtime.tensor(images.subset(drawn)), score)
+    pruned = prune_outliers([*scores], [*scores.values()], u)
+    runtime.recorder.notes.append(f"{method} pruned {pruned}, by {len(drawn)} images")
+
+
 @torch.no_grad()
 def scores_of_inputs(
     network: nn.Module, norms: Sequence[nn.BatchNorm2d], x: Tensor, score: Score
-) -> list[Tensor]:
-    """Scores (C,) of each BatchNorm's channels in one pass of images (B, C, H, W) in eval mode."""
-    found: dict[int, Tensor] = {}
+) -> dict[nn.BatchNorm2d, Tensor]:
+    """Scores (C,) of the channels of those that one pass of images (B, C, H, W) goes through.
+
+    The network is in eval mode.
+    """
+    found: dict[nn.BatchNorm2d, Tensor] = {}
 
     def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, nn.BatchNorm2d)
-        found[id(norm)] = score(norm, args[0].transpose(0, 1).flatten(1).float())
+        found[norm] = score(norm, args[0].transpose(0, 1).flatten(1).float())
 
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     try:
@@ -31,7 +60,7 @@ def scores_of_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return [found[id(norm)] for norm in norms]
+    return found
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The network of cifar10-airbench (Jordan 2024, arXiv 2404.00498): 94 % in eight epochs."""
+"""The network of cifar10-airbench (Jordan 2024, arXiv 2404.00498), made for short trainings."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Airbench(nn.Module):
     """A whitening 2x2 convolution, three groups of two convolutions, a pool and a linear layer.
 
     Made for ``victim=airbench``. The scales of BatchNorm and the whitening filters are frozen, the
-    latter at values that ``fit`` finds in the training images.
+    latter at values that ``initialise_from`` finds in the training images.
 
     Args:
         widths: channels of the groups; 64, 256, 256 in the source.
-        image_size: at least 18.
+        image_size: at least 9.
     """
 
     def __init__(self, *, widths: Widths, classes: int, channels: int, image_size: int) -> None:
@@ -78,7 +78,7 @@ class Airbench(nn.Module):
         self.head = _Head(third, classes, bias=False)
 
     @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
+    def initialise_from(self, images: Tensor) -> None:
         """Set the first layer's filters: whitened principal patches and their negatives.
 
         Args:

@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 class DataFitted(Protocol):
     """A network with layers that are set from training images, once, before training."""
 
-    def fit(self, images: Tensor) -> None:
+    def initialise_from(self, images: Tensor) -> None:
         """Set them from normalised images (N, C, H, W)."""
 
 

@@ -11,6 +11,9 @@ from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
 from dhbe.models.normalized import Normalized
 
+NAMES = ("downsample", "shortcut")
+"""What blocks call a shortcut with weights: torchvision, and most others."""
+
 
 def blocks(network: nn.Module, *, least: int = 1, method: str = "") -> list[nn.Module]:
     """Residual blocks (modules with two convolutions and a shortcut) in order of definition.
@@ -29,7 +32,7 @@ def blocks(network: nn.Module, *, least: int = 1, method: str = "") -> list[nn.M
 
 def shortcut_name(block: nn.Module) -> str | None:
     """Attribute of a residual block that holds its shortcut (None inside: the identity)."""
-    return next((n for n in ("downsample", "shortcut") if hasattr(block, n)), None)
+    return next((n for n in NAMES if hasattr(block, n)), None)
 
 
 class Gate(nn.Module):

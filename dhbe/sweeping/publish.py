@@ -8,7 +8,6 @@ ZOO/README.md lists them all.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +23,9 @@ from dhbe.experiment.assembly import assemble
 from dhbe.experiment.contents import EXAMPLES, save_grid
 from dhbe.experiment.folder import METRICS
 from dhbe.experiment.setting import Setting
-from dhbe.models import Normalized
-from dhbe.report.folder import below
+from dhbe.report.folder import below, read_metrics
 from dhbe.victim.store import Victim
+from dhbe.victim.train import TrainedVictim
 from dhbe.victim.zoo import (
     CARD,
     CARDS,
@@ -35,7 +34,6 @@ from dhbe.victim.zoo import (
     PICTURE,
     WEIGHTS,
     Card,
-    Count,
     Entry,
     name_of,
     rounded,
@@ -52,9 +50,9 @@ def publish(results: Sequence[Path], zoo: Path) -> list[Entry]:
     """
     found = []
     for file in sorted(f for f in below(results) if f.name == METRICS):
-        metrics = json.loads(file.read_text())
+        metrics = read_metrics(file.parent)
         tree = yaml.safe_load((file.parent / "config.yaml").read_text())
-        if metrics["defense"] != "none" or not assemble(tree).source.trains:
+        if metrics["defense"] != "none" or not isinstance(assemble(tree).source, TrainedVictim):
             continue
         choices = {group: metrics[group] for group in NAMED}
         name = name_of(choices, tree["seed"])
@@ -62,7 +60,7 @@ def publish(results: Sequence[Path], zoo: Path) -> list[Entry]:
             found.append(Entry.read(zoo, name))
         else:
             found.append(made(tree, choices, zoo / name))
-            print(f"{name}: ACC {found[-1].card.acc.rate:.2%}", flush=True)
+            print(f"{name}: ACC {said(found[-1].card.acc)}", flush=True)
     if not found:
         raise got("RESULTS", list(map(str, results)), "folders with results of defense=none")
     return found
@@ -89,7 +87,10 @@ def card_of(setting: Setting, victim: Victim, choices: dict[str, str]) -> Card:
     assert setting.splits is not None
     tree = {k: setting.config[k] for k in PARTS}
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in ("source", "storage")}
-    found = counted(setting, victim.network)
+    predictions = setting.predictions(victim.network)
+    assert predictions is not None
+    assert setting.evaluator is not None
+    found = rates(predictions, setting.evaluator.truth)
     return CARDS.validate_python(
         {
             "sha256": "",
@@ -106,21 +107,6 @@ def card_of(setting: Setting, victim: Victim, choices: dict[str, str]) -> Card:
     )
 
 
-def counted(setting: Setting, network: Normalized) -> dict[str, Count | None]:
-    """ACC and ASR of a network on the test images."""
-    predictions = setting.predictions(network)
-    assert predictions is not None
-    assert setting.evaluator is not None
-    found = rates(predictions, setting.evaluator.truth)
-    return {name: _count(found[name]) for name in ("acc", "asr")}
-
-
-def _count(rate: Rate | None) -> Count | None:
-    if rate is None or rate.interval is None:
-        return None
-    return Count(hits=rate.hits, total=rate.total, wilson95=rate.interval)
-
-
 def index(zoo: Path) -> str:
     """Markdown table of a zoo's victims."""
     files = sorted(zoo.glob(f"*/*/*/*/{CARD}"))
@@ -133,13 +119,18 @@ def index(zoo: Path) -> str:
 def row(entry: Entry) -> list[str]:
     """Cells of a victim's row."""
     card, attack = entry.card, entry.card.config["attack"]
-    counts = (card.acc, card.asr)
-    shown = [
-        "" if c is None else "{:.2%} ({:.1%} to {:.1%})".format(c.rate, *c.wilson95) for c in counts
-    ]
+    shown = [said(rate) for rate in (card.acc, card.asr)]
     poison = "" if card.asr is None else f"{attack['poison_rate']:.2%} to {attack['target_class']}"
     size = f"{(entry.folder / WEIGHTS).stat().st_size / 1000:,.0f}"
     return [f"`{card.name}`", poison, *shown, size]
+
+
+def said(rate: Rate | None) -> str:
+    """A rate with its interval."""
+    if rate is None or rate.interval is None:
+        return ""
+    low, high = rate.interval
+    return f"{rate.value:.2%} ({low:.1%} to {high:.1%})"
 
 
 def main() -> None:

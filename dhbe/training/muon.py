@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
+from dhbe.core.errors import got
 from dhbe.training.schedule import Schedule
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -72,8 +73,15 @@ class MuonSchedule(Schedule):
     other_momentum: Annotated[float, Ge(0), Le(1)]
 
     def optimizer(self, network: nn.Module) -> Muon:
-        """Muon over all parameters that require a gradient."""
+        """Muon over all parameters that require a gradient.
+
+        Raises:
+            ConfigError: one is neither a bias, nor of a linear layer, nor of a 2D convolution.
+        """
         learning = [p for p in network.parameters() if p.requires_grad]
+        if other := sorted({p.ndim for p in learning} - {1, 2, 4}):
+            allowed = "linear layers, 2D convolutions and biases, as model=airbench has"
+            raise got("model", f"weights of {other} dimensions", allowed, "choose another victim=")
         by_rank = {r: [p for p in learning if p.ndim == r] for r in (1, 2, 4)}
         rates = {1: self.bias_rate, 2: self.head_rate}
         others = [

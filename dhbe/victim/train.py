@@ -103,7 +103,7 @@ class TrainedVictim(VictimSource):
         if request.splits is not None and isinstance(network.network, DataFitted):
             images = request.splits.train
             raw, _ = next(images.batches(torch.arange(min(FITTED, len(images))), FITTED))
-            network.network.fit(network.normalize(to_float(raw)))
+            network.network.initialise_from(network.normalize(to_float(raw)))
         return network
 
     def clean(self, request: VictimRequest) -> Normalized:

@@ -13,22 +13,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dhbe.checkpoint.nesting import STATISTICS
+from dhbe.checkpoint.recognition import sizes
 from dhbe.checkpoint.writing import untold
 from dhbe.config import schema as config
 from dhbe.contracts.attack import Attack
 from dhbe.core.errors import ArtefactError, got
 from dhbe.core.paths import ROOT
 from dhbe.core.types import DataSpec
+from dhbe.evaluation.metrics import Rate
 from dhbe.models import Normalized
 from dhbe.victim.source import VictimRequest, VictimSource, build_network
 from dhbe.victim.store import INDICATOR, Victim
@@ -38,22 +40,6 @@ PARTS = ("data", "model", "attack", "victim", "seed")
 """Of a run's config, kept in a card."""
 NAMED = ("data", "model", "attack")
 """Config groups whose choices, with the seed, name a victim."""
-SIZES = ("classes", "channels", "image_size")
-STATISTICS = ("mean", "std")
-
-
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Count:
-    """Hits among so many test images, with Wilson's 95 % interval."""
-
-    hits: Annotated[int, Ge(0)]
-    total: Annotated[int, Ge(0)]
-    wilson95: tuple[float, float]
-
-    @property
-    def rate(self) -> float:
-        """Hits / total."""
-        return self.hits / self.total
 
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -73,8 +59,8 @@ class Card:
     choices: dict[str, str]
     config: dict[str, Any]
     images: str
-    acc: Count
-    asr: Count | None
+    acc: Rate
+    asr: Rate | None
     seconds: float
     precision: str
     commit: str | None
@@ -184,11 +170,9 @@ def completed(
     if tree["attack"] is not None:
         raise got("attack", "options", "none: those of the victim are part of it")
     kept = card.config
-    for size in SIZES:
-        if tree["data"].get(size) != kept["data"][size]:
-            allowed = (
-                f"{kept['data'][size]} as the victim has it, such as data={kept['data']['name']}"
-            )
+    for size, wanted in sizes(kept["data"]).items():
+        if tree["data"].get(size) != wanted:
+            allowed = f"{wanted} as the victim has it, such as data={kept['data']['name']}"
             raise got(f"data.{size}", tree["data"].get(size), allowed)
     data = tree["data"] | {k: kept["data"][k] for k in STATISTICS}
     victim = tree["victim"] | {"sha256": card.sha256}
@@ -217,15 +201,26 @@ class ZooVictim(VictimSource):
         """The victim; its poison indicator only beside the images that it was trained on.
 
         Without the attack it is the clean network of the same name, that it was made from.
+
+        Raises:
+            ArtefactError: the zoo's victim is damaged, or not the one that the config names.
         """
         name = self.name
         if not request.attack.active:
             data, model, _, seed = name.split("/")
             name = f"{data}/{model}/none/{seed}"
         entry = Entry.read(zoo_folder(request.config["paths"]["zoo"]), name)
+        if name == self.name and entry.card.sha256 != self.sha256:
+            raise ArtefactError(f"{entry.folder}: not the victim of this config, {self.sha256}")
         same = request.splits is not None and (
             request.splits.train.fingerprint() == entry.card.images
         )
+        if not same:
+            self.assumed = [
+                "the victim was trained on other images than those of this data=: clean images "
+                f"that a budget grants may be among them (data={entry.card.choices['data']} "
+                "without data.limit keeps them apart)"
+            ]
         return victim(entry, request.network(), request.attack, poisoned=same)
 
 
@@ -242,7 +237,7 @@ def victim(entry: Entry, network: Normalized, attack: Attack, *, poisoned: bool)
         cached=True,
         curves=[],
         work=None,
-        measured={k: v.rate for k, v in rates.items() if v is not None},
+        measured={k: v.value for k, v in rates.items() if v is not None and v.value is not None},
         sha256=card.sha256,
     )
 
