@@ -134,5 +134,18 @@ def test_the_victims_of_the_repository_can_be_loaded(name: str) -> None:
     assert victim.network(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
+@pytest.mark.parametrize("name", PUBLISHED[:1])
+def test_they_are_checkpoints_like_others(name: str, compose_config) -> None:
+    """The file tells the network, its normalisation and its classes."""
+    file = ROOT / "zoo" / name / WEIGHTS
+    config = compose_config("task=purify", f"checkpoint={file}", "defense=clp")
+    tree, choices = resolved(plain(config), {"model": "inferred"})
+    card = Entry.read(ROOT / "zoo", name).card
+    assert tree["model"] == card.config["model"]
+    assert choices["model"] == "airbench"
+    assert tree["data"]["classes"] == 10
+    assert tree["data"]["normalization"]["mean"] == pytest.approx(card.config["data"]["mean"])
+
+
 def test_the_list_in_the_repository_is_that_of_the_cards() -> None:
     assert (ROOT / "zoo" / "README.md").read_text() == TITLE + index(ROOT / "zoo")

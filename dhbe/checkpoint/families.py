@@ -26,6 +26,7 @@ OURS = {
     "padded": "dhbe.models.resnet.CifarResNet",
     "preact": "dhbe.models.preact.PreActResNet18",
     "wrn": "dhbe.models.preact.WideResNet",
+    "airbench": "dhbe.models.airbench.Airbench",
     "vgg": "dhbe.models.other.vgg_bn",
     "timm": "dhbe.models.other.from_timm",
     "torchvision": "dhbe.models.other.from_torchvision",
@@ -89,7 +90,7 @@ def proposals(
         for library, known in (("timm", timm.is_model), ("torchvision", _in_torchvision)):
             if known(hint):
                 yield f"{library} model.name={hint}", _library(library, hint, shapes)
-    for family in (_resnets, _preacts, _vggs):
+    for family in (_resnets, _preacts, _vggs, _airbenches):
         yield from family(shapes)
     if "stages.0.0.conv1.weight" in shapes and "stem.0.weight" in shapes:
         yield from _small_resnets(shapes, native)
@@ -115,6 +116,13 @@ def _vggs(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Node]]:
     if "features.0.weight" in shapes and "classifier.weight" in shapes:
         for depth in (11, 13, 16, 19):
             yield f"vgg_bn model.depth={depth}", {"_target_": OURS["vgg"], "depth": depth}
+
+
+def _airbenches(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Node]]:
+    widths = [shapes.get(f"groups.{i}.0.weight", (0,))[0] for i in (1, 2, 3)]
+    if "whiten.weight" in shapes and all(0 < w <= MOST_WIDTH for w in widths):
+        node = {"_target_": OURS["airbench"], "widths": widths}
+        yield f"airbench model.widths={_listed(widths)}", node
 
 
 def _preacts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Node]]:
