@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from dhbe.contracts.defense import Defense
@@ -23,25 +23,31 @@ from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
 
+SMALLEST = 1e-6
+"""Probability left to the other classes, so that the loss stays finite."""
+
 
 class ScanUnlearn(Defense):
     """Scan, then a game against triggers of one class and one family; BatchNorm stays frozen.
 
     Imagine images of every class; for each class and kind of trigger seek one that makes those of
-    all other classes this class (``Scan``). If the evidence of one reaches ``threshold``, the
-    student S, a copy of the suspect T, minimises L1(S(x), T(x)) + w L1(S(x'), T(x)), where x'
-    carries triggers of that class and family, which climb the second term as it learns. Else the
-    suspect is returned as it is.
+    all other classes this class (``Scan``). If the score of one reaches ``threshold``, the
+    student S, a copy of the suspect T, minimises L1(S(x), T(x)) - w log(1 - S(x')_t), where S(x')_t
+    is the target's probability and x' carries triggers of that class and of the families in which
+    it reaches the threshold; they climb the second term as it learns. The weights then go
+    ``share`` of the way from T to S. Else the suspect is returned as it is.
 
-    With triggers of all classes accuracy fell, with batch statistics the trigger stayed.
+    The student may say any class but the target of x': copying all of T(x) there cost accuracy
+    and left faint triggers. With batch statistics the trigger stayed.
 
     Args:
-        threshold: of ``Evidence.index``.
+        threshold: of ``Evidence.score``.
         erase: whether to unlearn at all; if not, the suspect is returned as it is.
         copies: triggers per kind and variant; they climb ``head_start`` steps before the
             student's first one.
         pace: their step, as a share of the range of values.
         weight: w.
+        share: of the student's change that is kept, in (0, 1].
     """
 
     def __init__(
@@ -55,16 +61,18 @@ class ScanUnlearn(Defense):
         head_start: Annotated[int, Ge(0)],
         pace: Annotated[float, Gt(0)],
         weight: Annotated[float, Ge(0)],
+        share: Annotated[float, Gt(0), Le(1)],
         schedule: AdamSchedule,
     ) -> None:
         self.imagination, self.scan = imagination, scan
         self.threshold, self.idle = threshold, not erase
         self.copies, self.head_start = copies, head_start
-        self.pace, self.weight, self.schedule = pace, weight, schedule
+        self.pace, self.weight, self.share = pace, weight, share
+        self.schedule = schedule
 
     def fits(self, spec: DataSpec) -> None:
-        for key in ("patches", "corners"):
-            if max(sides := getattr(self.scan, key)) > spec.image_size:
+        for key in ("patches", "larger", "corners"):
+            if max(sides := getattr(self.scan, key), default=0) > spec.image_size:
                 allowed = f"at most data.image_size={spec.image_size} each"
                 raise got(f"defense.scan.{key}", sides, allowed)
 
@@ -74,15 +82,16 @@ class ScanUnlearn(Defense):
         x, y = self.imagination.images(network, runtime)
         runtime.recorder.picture("imagined", x[:100])
         every = self.scan(network, x, y, runtime)
-        most = max(every, key=lambda e: e.index)
-        flagged = [most.target] if most.index >= self.threshold else []
-        each = ", ".join(f"{e.family} {e.target}: {e.index:.1f}" for e in every)
-        scores = [max(of_class) for of_class in zip(*(e.indices for e in every), strict=True)]
-        how = f"scan_unlearn, evidence by family and class ({each})"
+        most = max(every, key=lambda e: e.score)
+        flagged = [most.target] if most.score >= self.threshold else []
+        each = ", ".join(f"{e.family} {e.target}: {e.score:.2f}" for e in every)
+        scores = [max(of_class) for of_class in zip(*(e.scores for e in every), strict=True)]
+        how = f"scan_unlearn, score by family and class ({each})"
         runtime.recorder.suspect(flagged, how, scores)
         if flagged and not self.idle:
             others = x[y != most.target]  # imagined images of the target hold its trigger
-            self.unlearn(network, others, most.target, most.kinds, runtime)
+            kinds = [k for e in every if e.scores[most.target] >= self.threshold for k in e.kinds]
+            self.unlearn(network, others, most.target, kinds, runtime)
         return network
 
     def unlearn(
@@ -112,7 +121,10 @@ class ScanUnlearn(Defense):
             with torch.no_grad():
                 wanted = teacher(x)
             copied, moved = student(torch.cat([x, triggers(x, batch.rng)])).chunk(2)
-            return disagreement(copied, wanted) + self.weight * disagreement(moved, wanted)
+            target_said = moved.softmax(dim=1)[:, target].clamp(max=1 - SMALLEST)
+            others = wanted.argmax(dim=1) != target
+            unsaid: Tensor = (-torch.log1p(-target_said) * others).mean()
+            return disagreement(copied, wanted) + self.weight * unsaid
 
         network.requires_grad_(True)
         runtime.train(
@@ -125,3 +137,6 @@ class ScanUnlearn(Defense):
             train_mode=False,
             after_step=climb,
         )
+        with torch.no_grad():
+            for kept, before in zip(network.parameters(), teacher.parameters(), strict=True):
+                kept.lerp_(before, 1 - self.share)

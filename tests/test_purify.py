@@ -35,7 +35,12 @@ def network(seed: int = 0) -> SmallResNet:
 
 
 SCAN = (
-    *("defense.imagination.count=10", "defense.imagination.steps=1", "defense.scan.patches=[3]"),
+    *(
+        "defense.imagination.count=10",
+        "defense.imagination.steps=1",
+        "defense.scan.patches=[3]",
+        "defense.scan.larger=[]",
+    ),
     *("defense.scan.corners=[3]", "defense.scan.search.steps=1", "defense.scan.search.judged=10"),
     *("defense.scan.search.per_class=2", "defense.scan.periods=1"),
 )

@@ -24,9 +24,11 @@ from dhbe.methods.inversion import (
     Wave,
     anomaly_index,
     frequencies,
+    lead,
     margins,
 )
 from dhbe.methods.procedural import procedural
+from dhbe.methods.scan import Evidence
 from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
 from dhbe.training.parallel import Processes
@@ -126,6 +128,12 @@ def test_margins_and_evidence() -> None:
     assert margins(logits, torch.tensor([0, 2])).tolist() == [2.0, -3.0]
     evidence = anomaly_index(torch.tensor([-9.0, -10.0, 8.0, -11.0, -10.0]))
     assert evidence.tolist() == pytest.approx([0.5, 0.0, 9.0, -0.5, 0.0])
+    assert lead(evidence).tolist() == pytest.approx([-8.5, -9.0, 8.5, -9.5, -9.0])
+    other = anomaly_index(torch.tensor([-9.0, -10.0, -8.0, -11.0, 8.0]))
+    found = Evidence.of([torch.tensor([-9.0, -10.0, 8.0, -11.0, -10.0])] * 2, "patch", [], 2.0)
+    assert (found.target, found.score) == (2, pytest.approx(4.25))
+    torn = Evidence.of([torch.tensor([-9.0, -10.0, 8.0, -11.0, -10.0]), other], "patch", [], 2.0)
+    assert torn.score < 1, "kinds that speak for different classes"
 
 
 class Planted(nn.Module):
@@ -213,16 +221,16 @@ def test_a_scan_alone_changes_nothing_and_warns_of_nothing(
     assert all(torch.equal(p, q) for p, q in pairs)
 
 
-@pytest.mark.parametrize(("size", "key"), [(7, r"patches=\[3, 5, 8\]"), (4, r"corners=\[3, 5\]")])
+@pytest.mark.parametrize(("size", "key"), [(7, r"larger=\[8\]"), (4, r"corners=\[3, 5\]")])
 def test_a_patch_larger_than_the_image_is_refused(compose_config, size: int, key: str) -> None:
     defense = build("scan_unlearn", compose_config)
-    defense.scan = replace(defense.scan, patches=[3]) if size == 4 else defense.scan
+    defense.scan = replace(defense.scan, patches=[3], larger=[]) if size == 4 else defense.scan
     with pytest.raises(ConfigError, match=rf"^defense\.scan\.{key}.* at most"):
         defense.fits(make_spec(image_size=size))
 
 
 def test_a_part_of_auto_names_its_own_key(compose_config) -> None:
-    with pytest.raises(ConfigError, match=r"^defense\.scan\.scan\.patches=.* at most"):
+    with pytest.raises(ConfigError, match=r"^defense\.scan\.scan\.larger=.* at most"):
         build("auto", compose_config).fits(make_spec(image_size=7))
 
 

@@ -333,3 +333,11 @@ def anomaly_index(reached: Tensor) -> Tensor:
     """
     apart = reached - reached.median()
     return apart / (1 + apart.abs().median())
+
+
+def lead(scores: Tensor) -> Tensor:
+    """How far each of the scores (K,) lies above the largest of the others."""
+    best = scores.topk(2)
+    others = best.values[0].expand_as(scores).clone()
+    others[best.indices[0]] = best.values[1]
+    return scores - others
