@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import got
@@ -23,19 +24,16 @@ from dhbe.models import Normalized
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import AdamSchedule
 
-SMALLEST = 1e-6
-"""Probability left to the other classes, so that the loss stays finite."""
-
 
 class ScanUnlearn(Defense):
-    """Scan, then a game against triggers of one class and one family; BatchNorm stays frozen.
+    """Scan, then a game against the triggers of one class; BatchNorm stays frozen.
 
     Imagine images of every class; for each class and kind of trigger seek one that makes those of
     all other classes this class (``Scan``). If the score of one reaches ``threshold``, the
-    student S, a copy of the suspect T, minimises L1(S(x), T(x)) - w log(1 - S(x')_t), where S(x')_t
-    is the target's probability and x' carries triggers of that class and of the families in which
-    it reaches the threshold; they climb the second term as it learns. The weights then go
-    ``share`` of the way from T to S. Else the suspect is returned as it is.
+    student S, a copy of the suspect T, minimises L1(S(x), T(x)) - w log(1 - p(t | x')), where p is
+    S's probability of the target t and x' carries triggers of the families in which t reaches the
+    threshold; they climb the second term as it learns. The weights then go ``share`` of the way
+    from T to S. Else the suspect is returned as it is.
 
     The student may say any class but the target of x': copying all of T(x) there cost accuracy
     and left faint triggers. With batch statistics the trigger stayed.
@@ -121,9 +119,8 @@ class ScanUnlearn(Defense):
             with torch.no_grad():
                 wanted = teacher(x)
             copied, moved = student(torch.cat([x, triggers(x, batch.rng)])).chunk(2)
-            target_said = moved.softmax(dim=1)[:, target].clamp(max=1 - SMALLEST)
-            others = wanted.argmax(dim=1) != target
-            unsaid: Tensor = (-torch.log1p(-target_said) * others).mean()
+            of_others = wanted.argmax(dim=1) != target
+            unsaid: Tensor = (F.softplus(log_odds(moved.float(), target)) * of_others).mean()
             return disagreement(copied, wanted) + self.weight * unsaid
 
         network.requires_grad_(True)
@@ -140,3 +137,10 @@ class ScanUnlearn(Defense):
         with torch.no_grad():
             for kept, before in zip(network.parameters(), teacher.parameters(), strict=True):
                 kept.lerp_(before, 1 - self.share)
+
+
+def log_odds(logits: Tensor, target: int) -> Tensor:
+    """log(p / (1 - p)) of the target's probability p (B,), from logits (B, K)."""
+    others = logits.clone()
+    others[:, target] = -torch.inf
+    return logits[:, target] - others.logsumexp(dim=1)
