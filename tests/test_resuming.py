@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,9 @@ def fit(images: Resident, make_runtime) -> Fit:
         )
         module = Supervised(network, batches, schedule(EPOCHS), role="victim")
         callbacks = [] if stop is None else [StopAfter(stop)]
-        make_runtime(work=work).fit(module, batches, epochs=EPOCHS, callbacks=callbacks)
+        runtime = make_runtime(work=work)
+        runtime = replace(runtime, stopwatch=Stopwatch(runtime.workdir))
+        runtime.fit(module, batches, epochs=EPOCHS, callbacks=callbacks)
         return network.state_dict()
 
     return trained
@@ -81,6 +86,27 @@ def test_with_both_states_damaged_it_begins_anew(fit: Fit, tmp_path: Path) -> No
         flip(tmp_path / "killed" / name)
     resumed = fit("killed", None)
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("step", ["resuming.seal", "resuming.replace", "recorder.replace"])
+def test_a_folder_deleted_while_a_state_is_saved_comes_back(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Deleted before one step of the first saving: same weights, and the last state is there."""
+    whole = fit("whole", None)
+    folder, times = tmp_path / "deleted", iter([True])
+    module, name = step.split(".")
+    original = getattr(import_module(f"dhbe.training.{module}"), name)
+
+    def after_deletion(*files: Path) -> None:
+        if next(times, False):
+            shutil.rmtree(folder)
+        original(*files)
+
+    monkeypatch.setattr(f"dhbe.training.{step}", after_deletion)
+    found = fit(folder.name, None)
+    assert all(torch.equal(value, found[key]) for key, value in whole.items())
+    assert sound(folder / LAST)
 
 
 def test_a_kill_between_the_two_names_loses_nothing(tmp_path: Path) -> None:

@@ -36,9 +36,21 @@ class LastEpoch(Checkpoint):
         self.folder, self.stopwatch, self.writes = folder, stopwatch, writes
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write beside the file, then rename: a kill never leaves half a checkpoint."""
+        """Save; where the folder is deleted at this very moment, the next epoch saves anew."""
         if not self.writes:
             return
+        try:
+            self._save(trainer)
+        except FileNotFoundError:
+            log.warning(
+                "%s: deleted while the state of epoch %d was saved; the training goes on, and the "
+                "state of the next epoch is saved",
+                self.folder,
+                trainer.current_epoch,
+            )
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Write beside the file, then rename: a kill never leaves half a checkpoint."""
         last, fresh = self.folder / LAST, self.folder / FRESH
         trainer.save_checkpoint(fresh)
         seal(fresh)
