@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs notebook zoo clean
+.PHONY: help demo test test-long check docs notebook zoo clean
 
 define install
 	if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python -e ".[$(1)]"; \
@@ -10,7 +10,7 @@ define install
 endef
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
 
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,8 +20,12 @@ $(BIN)/.installed: pyproject.toml
 demo: $(BIN)/.installed  ## erase the backdoor of a CIFAR-10 network without data (minutes)
 	$(BIN)/python run.py victim=zoo victim.name=cifar10/airbench_half/badnets/0 defense=auto
 
-test: $(BIN)/.installed  ## all tests
-	$(BIN)/python -m pytest
+test: $(BIN)/.installed  ## the tests of every behaviour (minutes)
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(BIN)/.installed  ## the other tests: more sizes, networks and files, and the joblib launcher
+	$(call install,joblib)
+	$(BIN)/python -m pytest -m long
 
 check: $(BIN)/.installed  ## format, lint, types and spelling
 	$(BIN)/ruff format --check .

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def names(group: str) -> list[str]:
     """All configs of a group."""
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def tiered(values: Iterable[Any], quick: Callable[[Any], object]) -> list[Any]:
+    """Parameters of a test, of which those that are not ``quick`` are for ``make test-long``."""
+    return [pytest.param(v, marks=() if quick(v) else pytest.mark.long) for v in values]
+
+
+def each_class(group: str) -> list[Any]:
+    """All configs of a group, of which only those that name a class are quick: one of each."""
+    return tiered(names(group), lambda n: "\n_target_:" in (CONF / group / f"{n}.yaml").read_text())

@@ -46,6 +46,7 @@ def network_of(name: str) -> nn.Module:
 # ---------------------------------------------------------------- compilation
 
 
+@pytest.mark.long
 def test_compiling_changes_no_number_of_a_game(monkeypatch: pytest.MonkeyPatch) -> None:
     """All modes and gradients of the game, traced as for any compiler, within 1e-10 of eager."""
     plain = game_with(lambda networks: compiled(networks, "never"))
@@ -85,7 +86,7 @@ def test_no_compiler_means_eager_and_one_warning(caplog, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
     torch.compiler.reset()
-    network, images = network_of("small"), torch.randn(4, 3, 16, 16)
+    network, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(4, 3, 8, 8)
     expected = copy.deepcopy(network)
     with caplog.at_level(logging.WARNING), compiled([network], "default"):
         for net in (network, expected):
@@ -98,10 +99,10 @@ def test_no_compiler_means_eager_and_one_warning(caplog, monkeypatch: pytest.Mon
 def test_batches_of_ever_new_sizes_end_uncompiled(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceleration, "GRAPHS", 2)
     monkeypatch.setattr(torch, "compile", partial(traced, torch.compile))
-    network = network_of("small")
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
     with compiled([network], "default"):
         for size in range(2, 7):
-            assert network(torch.ones(size, 3, 16, 16)).shape == (size, 4)
+            assert network(torch.ones(size, 3, 8, 8)).shape == (size, 4)
         assert network._compiled_call_impl is None
     assert caplog.text.count("is not compiled but runs as it is") == 1
 

@@ -65,6 +65,7 @@ runpy.run_path("run.py", run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_the_contract_tests_pass_and_a_run_has_both(copy: Path) -> None:
     """One interpreter for both: most of its time goes into imports."""
     wanted = ("tests/test_attacks.py", "tests/test_defenses.py")

@@ -76,6 +76,7 @@ def test_no_module_stands_loose() -> None:
     assert {f.name for f in (ROOT / "dhbe").glob("*.py")} == LOOSE
 
 
+@pytest.mark.long
 def test_import_does_no_work(tmp_path: Path) -> None:
     """Importing every module writes nothing, seeds nothing, and starts no threads of ours."""
     modules = [

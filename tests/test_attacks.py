@@ -25,7 +25,7 @@ from dhbe.evaluation.metrics import rates
 from dhbe.training.schedule import Cosine, SGDSchedule
 from dhbe.victim.store import Making, VictimStore
 from dhbe.victim.train import train
-from tests.conftest import CONF, names
+from tests.conftest import CONF, each_class, names
 from tests.support.attacks import badnets, batch, build, prepare, tiny
 from tests.support.fixtures import make_spec
 
@@ -40,8 +40,17 @@ def test_all_attacks_are_listed() -> None:
     assert files <= targets
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 3), (224, 3)], ids=str)
+SIZES = [(28, 1), (32, 3), (64, 3), (224, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels"),
+    [
+        pytest.param(name, *size, marks=() if i % len(SIZES) == j else pytest.mark.long)
+        for i, name in enumerate(ATTACKS)
+        for j, size in enumerate(SIZES)
+    ],
+)
 def test_contract(name: str, size: int, channels: int, compose_config, make_runtime) -> None:
     spec = make_spec(image_size=size, channels=channels)
     attack = build(name, compose_config, spec)
@@ -155,7 +164,7 @@ def fixed(attack: Attack) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in attack.state_dict().items() if k.startswith(parts)}
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", each_class("attack"))
 def test_every_attack_trains_and_is_stored(
     name: str, compose_config, spec, images: Resident, make_runtime, tmp_path
 ) -> None:

@@ -20,6 +20,7 @@ from dhbe.report.folder import si, speeds, work
 from dhbe.training.runtime import Runtime
 from dhbe.training.supervised import Loss, Supervised, cross_entropy
 from dhbe.training.work import Counting
+from tests.conftest import tiered
 from tests.support.fixtures import make_spec, small
 from tests.support.game import CPU, make_game, players
 from tests.support.victim import StopAfter, schedule
@@ -126,7 +127,7 @@ def test_a_resumed_training_counts_like_a_whole_one(
         assert runtime.work_total.work.flops == 6 * BATCHES * step(images), attempt
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", tiered(["32-true", "bf16-mixed"], "32-true".__eq__))
 def test_counting_changes_no_number(
     precision: str, images: Resident, make_runtime: MakeRuntime
 ) -> None:

@@ -26,7 +26,7 @@ from dhbe.models.preact import PreActBlock, PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import resnet
 from dhbe.training.recorder import Recorder
 from dhbe.training.schedule import Cosine, SGDSchedule
-from tests.conftest import CONF, ROOT
+from tests.conftest import CONF, ROOT, each_class
 from tests.support.defenses import (
     DEFENSES,
     build,
@@ -69,7 +69,7 @@ def test_all_defenses_are_listed() -> None:
     assert files <= set(DEFENSES), "each has a config of its name"
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", each_class("defense"))
 def test_contract(name: str, compose_config, images: Resident, make_runtime) -> None:
     defense, victim = build(name, compose_config), suspect()
     before = copy.deepcopy(victim.network.state_dict())
@@ -133,8 +133,17 @@ KINDS = {  # beside the post-activation ResNet of the other tests
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "defenses").glob("[a-z]*.py")))
+FILES = sorted(p.stem for p in (ROOT / "defenses").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if (i + j) % len(KINDS) == 0 else pytest.mark.long)
+        for i, name in enumerate(FILES)
+        for j, kind in enumerate(KINDS)
+    ],
+)
 def test_every_method_takes_every_kind_of_network(
     name: str, kind: str, compose_config, images: Resident, make_runtime, caplog
 ) -> None:
@@ -156,7 +165,7 @@ def test_every_method_takes_every_kind_of_network(
     assert changed or (told and (seeks or not trains)), "may find nothing to prune or no trigger"
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", each_class("defense"))
 def test_nan_weights_are_refused(name: str, compose_config, images, make_runtime) -> None:
     victim = suspect()
     next(victim.network.parameters()).data[0] = float("nan")

@@ -6,6 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import ROOT
@@ -31,6 +32,7 @@ def test_its_settings_are_checked(tmp_path: Path) -> None:
     assert "defense.limit=0" in done.stderr
 
 
+@pytest.mark.long
 def test_purify_my_model(tmp_path: Path) -> None:
     script = EXAMPLES / "purify_my_model.py"
     network = runpy.run_path(str(script))["MyNetwork"]()

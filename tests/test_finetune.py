@@ -24,11 +24,9 @@ from dhbe.report.collect import collect
 from dhbe.training.schedule import Linear, SGDSchedule
 from dhbe.victim.finetune import FinetunedVictim
 from dhbe.victim.source import VictimRequest, no_attack
-from tests.conftest import names
+from tests.conftest import each_class
 from tests.support.attacks import build, tiny
 from tests.support.fixtures import make_spec, small
-
-ATTACKS = names("attack")
 
 MODEL = {
     "_target_": "dhbe.models.resnet.SmallResNet",
@@ -122,7 +120,7 @@ def test_attackers_look_into_the_given_network(given: Path, request_for) -> None
     assert not any(p.requires_grad for p in surrogate.parameters())
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", each_class("attack"))
 def test_every_attack_is_planted(name: str, given: Path, request_for, compose_config) -> None:
     attack = build(name, compose_config, make_spec())
     weights = torch.load(given, weights_only=True)

@@ -26,6 +26,7 @@ from dhbe.experiment.pipeline import run
 from dhbe.models import Normalized
 from dhbe.models.resnet import SmallResNet
 from dhbe.victim.source import build_network
+from tests.conftest import tiered
 from tests.support.fixtures import small
 from tests.support.networks import PreAct, Wide
 from tests.support.writers import Wrapped, backdoorbench, prefixed, save_all
@@ -81,7 +82,7 @@ def read(compose_config, file: Path, *overrides: str) -> Normalized:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", tiered(FOREIGN, "Wide ResNet".__eq__))
 def test_their_networks_are_recognised_purified_and_load_back(
     tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -120,6 +121,7 @@ def test_their_networks_are_recognised_purified_and_load_back(
     assert not torch.allclose(after, before, rtol=1e-3), "the defense changed something"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore::UserWarning")
 def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> None:
     """The same network in every file: same rates, same purified weights, strictly loadable."""
@@ -172,7 +174,9 @@ def test_every_format_gives_the_same_result(tmp_path: Path, compose_config) -> N
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "classes"), [(1, 28, 10), (2, 32, 2), (3, 224, 1000)], ids=str
+    ("channels", "size", "classes"),
+    [(1, 28, 10), (2, 32, 2), pytest.param(3, 224, 1000, marks=pytest.mark.long)],
+    ids=str,
 )
 def test_any_channels_sizes_and_classes(
     tmp_path: Path, compose_config, channels: int, size: int, classes: int

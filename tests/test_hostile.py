@@ -16,6 +16,7 @@ from dhbe.checkpoint import Checkpoint
 from dhbe.core.errors import DHBEError
 from dhbe.data.images import decode
 from dhbe.data.sources import Parquet
+from tests.conftest import tiered
 
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 assert len(CORPUS) >= 4
@@ -33,9 +34,15 @@ def slow() -> float:
     return 20 * (time.process_time() - start)
 
 
-def test_hostile_and_broken_files_are_refused_and_never_run(tmp_path: Path, slow: float) -> None:
-    found = verdicts(tmp_path)
-    assert len(found) == len(FILES) >= 30
+@pytest.mark.parametrize("part", tiered([3, 1], lambda part: part > 1))
+def test_hostile_and_broken_files_are_refused_and_never_run(
+    tmp_path: Path, slow: float, part: int
+) -> None:
+    """One file in three, or all."""
+    assert len(FILES) >= 30
+    chosen = dict(list(FILES.items())[::part])
+    found = verdicts(tmp_path, chosen)
+    assert len(found) == len(chosen)
     for row in found:
         assert row["said"], f"accepted: {row['file']}"
         assert "victim.path=" in row["said"] or "data.classes" in row["said"], row["file"]
@@ -54,6 +61,7 @@ def test_the_payloads_are_real(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / MARK).exists()
 
 
+@pytest.mark.long
 def test_nothing_of_a_hostile_file_reaches_who_trusts_ours(tmp_path: Path, slow: float) -> None:
     """One known and one unknown name at every place, all bombs and polyglots.
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from dhbe.sweeping.failures import PLANS, SUFFIX, failure_file, record_lost_jobs
 from dhbe.sweeping.plan import Plan, summarize
 from dhbe.sweeping.status import Names, left, newest, state, view
 from dhbe.sweeping.workers import take_slot
-from tests.conftest import CONF, ROOT, names
+from tests.conftest import CONF, ROOT, names, tiered
 from tests.support.commands import Command, called
 from tests.support.launch import CELL, job
 
@@ -383,6 +382,7 @@ def test_what_killed_processes_had_begun_to_write_goes(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("b.json*"))) == 1
 
 
+@pytest.mark.long
 def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY, *places(tmp_path)]
@@ -409,12 +409,14 @@ def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> N
     assert len(list(results.glob(".*.failed.json"))) == 1
 
 
-def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", tiered(["basic", "joblib"], "basic".__eq__))
+def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path, launcher: str) -> None:
     cells = [*TINY, "victim.learning_rate=0.05,0.1,0.15", *places(tmp_path)]
-    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    if find_spec("hydra_plugins") is None:
-        joblib = []
-    both = [started(*cells), started(*joblib, *cells)]
+    options = []
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    both = [started(*cells), started(*options, *cells)]
     shown = "".join(p.communicate()[0] for p in both)
     assert [p.returncode for p in both] == [0, 0]
     assert shown.count("(report.html inside)") == 3
@@ -424,6 +426,7 @@ def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path) -> None:
     assert all(shown.count(f"{f} (report.html inside)") == 1 for f in done)
 
 
+@pytest.mark.long
 def test_joblib_gives_the_numbers_of_basic(swept: tuple[Path, Any], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

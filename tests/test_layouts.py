@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks.layouts import KINDS, check
 from dhbe.checkpoint import preprocessing
+from tests.conftest import tiered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+LARGE = re.compile("VGG|ViT|DenseNet|ConvNeXt|EfficientNet|DCP|Net-18|hub folder of t")
+
+
+@pytest.mark.parametrize(
+    "kind", tiered(KINDS, lambda kind: not LARGE.search(kind.name)), ids=lambda kind: kind.name
+)
 def test_a_kind_of_file(kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocessing, "PIXELS", 0)  # a short look: these networks are untrained
     check(kind, tmp_path)

@@ -72,6 +72,7 @@ for name, words in ast.literal_eval(sys.argv[1]):
 """One interpreter for all: most of its time goes into imports."""
 
 
+@pytest.mark.long
 def test_commands_work_from_another_folder(installed: Path, tmp_path: Path) -> None:
     tiny = ["data.limit=200", "data.train_size=7600", "victim.epochs=1", "defense=clp"]
     file = "out/cell/purified.safetensors"

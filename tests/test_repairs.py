@@ -17,8 +17,8 @@ from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
 from dhbe.training.schedule import Cosine, OneCycle, SGDSchedule
 from dhbe.victim.train import train
+from tests.conftest import each_class, tiered
 from tests.support.attacks import badnets, tiny
-from tests.support.defenses import DEFENSES
 from tests.support.fixtures import make_spec
 
 
@@ -117,10 +117,11 @@ def test_the_toy_victim_is_backdoored(toys) -> None:
 
 
 SPARED = ("dhbe", "dfad", "abl", "none")
-GENTLE = [d for d in DEFENSES if not d.startswith(SPARED)]
 
 
-@pytest.mark.parametrize("name", GENTLE)
+@pytest.mark.parametrize(
+    "name", [d for d in each_class("defense") if not d.values[0].startswith(SPARED)]
+)
 def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, make_runtime) -> None:
     """Within 3 points, with a few real steps of every method."""
     clean, _, attack, given, test = toys
@@ -198,7 +199,7 @@ def test_a_told_target_is_denied(compose_config, toys, make_runtime) -> None:
     assert asr < 0.5
 
 
-@pytest.mark.parametrize("name", ["neural_cleanse", "cetf"])
+@pytest.mark.parametrize("name", tiered(["neural_cleanse", "cetf"], "cetf".__eq__))
 def test_detectors_name_the_target_class(name: str, compose_config, toys, make_runtime) -> None:
     """The true one, and none of a clean network."""
     clean, backdoored, attack, given, _ = toys

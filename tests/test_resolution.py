@@ -10,6 +10,8 @@ import torch
 import yaml
 from PIL import Image
 
+from dhbe.checkpoint import inference, preprocessing
+from dhbe.checkpoint.preprocessing import told
 from dhbe.config.identity import cell_name
 from dhbe.config.resolvers import name_of
 from dhbe.experiment.pipeline import run
@@ -67,6 +69,22 @@ def test_a_replaced_checkpoint_is_purified_anew_and_the_same_one_is_not(
     assert (first / "metrics.json").exists()
     weights(file, 1)
     assert purify()[0] == first, "the content counts, not when it was written"
+
+
+def test_a_checkpoint_is_looked_at_once_though_a_run_asks_twice(
+    tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Telling the normalisation takes seconds: once for the name, not again for the run."""
+    looks = []
+    monkeypatch.setattr(inference, "told", lambda *a, **k: looks.append(1) or told(*a, **k))
+    monkeypatch.setattr(preprocessing, "PIXELS", 0)
+    cfg = compose_config("task=purify", f"checkpoint={weights(tmp_path / 'given.pt', 1)}", *SHORT)
+    name = name_of(cfg)
+    assert run(cfg, tmp_path / "results" / name, CHOICES)["cell"] == name
+    assert len(looks) == 1
+    weights(tmp_path / "given.pt", 2)
+    assert name_of(cfg) != name
+    assert len(looks) == 2
 
 
 def test_the_command_names_its_folder_like_the_result(tmp_path: Path) -> None:
