@@ -46,7 +46,7 @@ class Recorder(Checkpoint):
         return bool(self._every) and ((epoch + 1) % self._every == 0 or epoch + 1 == epochs)
 
     def observe(self, network: nn.Module, epoch: int) -> None:
-        """Measure ``network`` and add the figures to this epoch's row."""
+        """Add ACC and ASR of ``network``, measured by the evaluation, to this epoch's row."""
         if self._observe is None:
             return
         training = {m: m.training for m in network.modules()}
