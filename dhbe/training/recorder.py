@@ -73,7 +73,8 @@ class Recorder(Checkpoint):
         """
         self.suspected = sorted(classes)
         self.scores = None if scores is None else list(scores)
-        self.notes.append(f"{how}: suspicious classes {self.suspected}")
+        listed = ", ".join(map(str, self.suspected)) or "none"
+        self.notes.append(f"{how}; suspicious classes: {listed}")
 
     def isolate(self, positions: Tensor, how: str) -> None:
         """Keep the positions (n,) in the poisoned set that a defense takes for poison.
