@@ -486,7 +486,9 @@ def test_command_writes_everything_and_escapes(cells: Path, tmp_path: Path) -> N
     assert "&lt;b&gt;cifar10" in page
     assert "<b>" not in page
     assert "http" not in page, "opens without a network"
-    assert report(cells, tmp_path / "out", "--where", "attack=blend").returncode == 1
+    nothing = report(cells, tmp_path / "out", "--where", "attack=blend")
+    assert nothing.returncode == 1
+    assert "no run has attack=blend; there are attack: " in nothing.stderr
 
 
 PROBE = """<script>

@@ -63,7 +63,8 @@ def test_the_figures_of_the_card_are_those_of_a_run(zoo: Path, compose_config, t
     elsewhere = run(other, tmp_path / "b", choices_of())
     assert elsewhere["poisoned"] is None
     assert not elsewhere["notes"], "a defender without images has none that the victim knows"
-    granted = zoo_config(zoo, compose_config, "data.limit=100", "budget=pct5")
+    more = ("data.limit=100", "data.pool_fraction=0.2", "budget=pct5")
+    granted = zoo_config(zoo, compose_config, *more)
     notes = run(granted, tmp_path / "c", choices_of())["notes"]
     assert "may be among those that this victim was trained on" in " ".join(notes)
 
