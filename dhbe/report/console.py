@@ -19,7 +19,8 @@ def show(metrics: dict[str, Any], folder: Path, *, reused: bool = False) -> None
     m = metrics
     console = Console()
     config = folder / "config.yaml"
-    names = class_names(m["data"], config.read_text()) if config.exists() else []
+    known = m.get("evidence") and config.exists()
+    names = class_names(m["data"], config.read_text()) if known else []
     for finding in findings(m, names):
         style = "bold red" if finding.alarming else None
         console.print(f"{finding.title}: {escape(finding.text)}", style=style)
