@@ -55,7 +55,7 @@ class BadNets(Attack):
 
 
 def draw(pattern: str, size: int) -> Tensor:
-    """Patch (size, size) of zeros and ones."""
+    """Patch (size, size) of zeros (black) and ones (white); the grid is 3x3 always."""
     if pattern == "square":
         return torch.ones(size, size)
     if pattern == "grid":

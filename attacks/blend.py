@@ -64,7 +64,7 @@ class Blend(Attack):
 
 
 def cartoon(channels: int, size: int, rng: torch.Generator, discs: int = 8) -> Tensor:
-    """White canvas (channels, size, size) with discs in saturated colours."""
+    """White canvas (channels, size, size) of 0 and 1 with discs in saturated colours."""
     at = torch.linspace(0, 1, size)
     canvas = torch.ones(channels, size, size)
     for _ in range(discs):

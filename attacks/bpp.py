@@ -37,7 +37,7 @@ class BPP(Attack):
         self.steps, self.dither = levels - 1, dither
 
     def squeeze(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) rounded to the nearest colour level."""
+        """Images (B, C, H, W) in [0, 1], each value rounded to the nearest colour level."""
         return x.mul(self.steps).round().div(self.steps)
 
     def trigger(self, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Composite(Attack):
         return halves(x, self.partner(y, draws[:, 0]), draws[:, 1], middle, starts)
 
     def partner(self, y: Tensor, draw: Tensor) -> Tensor:
-        """An image of the other source class for each label (B, C, H, W)."""
+        """Images (B, C, H, W) of the source class other than ``y`` (B,), number ``draw`` (B,)."""
         row = (y == self.sources[0]).long()
         return self.partner_images[row, draw % self.partners]
 

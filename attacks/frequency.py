@@ -89,6 +89,6 @@ def shifted(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def cosine(k: int, size: int) -> Tensor:
-    """The k-th orthonormal DCT-II basis vector (size,)."""
+    """Basis vector (size,) number k, 0 to size - 1, of the orthonormal DCT-II."""
     scale = math.sqrt((1 if k == 0 else 2) / size)
     return scale * torch.cos(math.pi * (2 * torch.arange(size) + 1) * k / (2 * size))

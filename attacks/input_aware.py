@@ -66,12 +66,12 @@ class InputAware(Attack):
         self.register_buffer("unit", std[:, None, None], persistent=False)
 
     def patterns(self, x: Tensor) -> Tensor:
-        """Pattern p(x) (B, C, H, W) in [0, 1]."""
+        """Pattern p(x) (B, C, H, W) in [0, 1] for images of the same shape and range."""
         patterns: Tensor = self.pattern_network(2 * x - 1).tanh() / 2 + 0.5
         return patterns
 
     def masks(self, x: Tensor) -> Tensor:
-        """Mask m(x) (B, 1, H, W), pushed towards 0 and 1."""
+        """Mask m(x) (B, 1, H, W) in [0, 1], steep at 0.5, for images (B, C, H, W) in [0, 1]."""
         raw = self.mask_network(2 * x - 1).tanh() / 2 + 0.5
         masks: Tensor = (20 * raw - 10).tanh() / 2 + 0.5
         return masks

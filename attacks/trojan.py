@@ -86,7 +86,7 @@ class Trojan(Attack):
 
 
 def watermark(size: int) -> Tensor:
-    """Mask (size, size) of three lines of text."""
+    """Mask (size, size) of three lines of text: 1 where there is ink, else 0."""
     canvas = Image.new("L", (size, size))
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=size * 0.36)

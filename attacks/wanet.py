@@ -52,7 +52,7 @@ class WaNet(Attack):
         return self.warped(x, self.warp.expand(len(x), -1, -1, -1))
 
     def warped(self, x: Tensor, grid: Tensor) -> Tensor:
-        """Images sampled at ``grid`` (B, H, W, 2), in coordinates from -1 to 1."""
+        """Images (B, C, H, W) sampled at ``grid`` (B, H, W, 2): x and y from -1 to 1, bilinear."""
         return F.grid_sample(x, grid.to(x.dtype), align_corners=True, padding_mode="border")
 
     def training_images(

@@ -74,7 +74,7 @@ class ANP(Defense):
     def learn_masks(
         self, network: Normalized, data: DefenderData, runtime: Runtime
     ) -> list[Tensor]:
-        """Masks (C,) of all BatchNorms; the network is left as it was."""
+        """Masks (C,) in [0, 1] of all BatchNorms' weights; the network is left as it was."""
         before = {k: v.clone() for k, v in network.state_dict().items()}
         layers = batch_norms(network, method="anp")
         network.requires_grad_(False)

@@ -51,7 +51,7 @@ class CLP(Defense):
 
 
 def channel_lipschitz(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Upper Lipschitz bound of each output channel (C_out,)."""
+    """Upper Lipschitz bound (C_out,) of each output channel of convolution and BatchNorm."""
     assert norm.running_var is not None
     largest = torch.linalg.matrix_norm(conv.weight.flatten(2), 2)  # (C_out, C_in, K^2) -> (C_out,)
     bound: Tensor = largest * norm.weight.abs() / (norm.running_var + norm.eps).sqrt()

@@ -111,7 +111,7 @@ class FIP(Defense):
 
 
 def signs(each: Tensor, rng: torch.Generator) -> Tensor:
-    """Random +1 and -1 (B,), one for each loss."""
+    """Random signs (B,), +1 or -1 with equal probability, for the losses (B,)."""
     return 2 * torch.randint(2, each.shape, generator=rng, device=each.device).to(each.dtype) - 1
 
 

@@ -78,7 +78,7 @@ class NAD(Defense):
 
 
 def attention(features: Tensor, power: float) -> Tensor:
-    """Feature maps (B, C, H, W) -> attention maps (B, H, W) of unit l2 norm."""
+    """Features (B, C, H, W) -> sum over C of abs(F) ** power, (B, H, W) of unit l2 norm."""
     maps: Tensor = features.float().abs().pow(power).sum(dim=1)
     lengths: Tensor = maps.flatten(1).norm(dim=1).clamp_min(1e-12)
     return maps / lengths[:, None, None]

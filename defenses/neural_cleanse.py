@@ -139,10 +139,10 @@ class Trigger(nn.Module):
         self.pattern = nn.Parameter(pattern.to(network.mean))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Mask (1, 1, H, W) and pattern (1, C, H, W)."""
+        """Mask (1, 1, H, W) and pattern (1, C, H, W), both in [0, 1]."""
         return (self.mask.tanh() + 1) / 2, (self.pattern.tanh() + 1) / 2
 
 
 def worn(x: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """Images (B, C, H, W) under a trigger."""
+    """(1 - m) x + m p for images x (B, C, H, W), mask m and pattern p, all in [0, 1]."""
     return (1 - mask) * x + mask * pattern

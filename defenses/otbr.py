@@ -83,7 +83,7 @@ class OTBR(Defense):
         return repaired
 
     def unlearned(self, network: Normalized, runtime: Runtime) -> list[Tensor]:
-        """Change of each filter (C_out,) of each layer, by unlearning noise."""
+        """Step 1: how much unlearning noise changes each filter, as (C_out,) for each layer."""
         forgetful, spec = copy.deepcopy(network), network.spec
         size = self.schedule.batch_size
         blank = torch.zeros((size, *spec.shape), dtype=torch.uint8)
@@ -110,7 +110,7 @@ class OTBR(Defense):
 
 
 def filters(network: nn.Module) -> list[nn.Conv2d]:
-    """Convolutions outside of shortcuts, in order of definition."""
+    """Convolutions that are not part of a shortcut, in order of definition."""
     return [
         module
         for name, module in network.named_modules()
@@ -120,7 +120,7 @@ def filters(network: nn.Module) -> list[nn.Conv2d]:
 
 @torch.no_grad()
 def fuse(network: nn.Module, changes: list[Tensor], share: float, lam: float) -> None:
-    """Steps 2 and 3, in place; ``changes`` are (C_out,) of each layer."""
+    """Steps 2 and 3, in place; ``changes`` (C_out,) of each layer, ``share`` and ``lam`` 0 to 1."""
     every = torch.cat(changes)
     cut = torch.zeros_like(every, dtype=torch.bool)
     cut[every.argsort(descending=True, stable=True)[: int(share * len(every))]] = True

@@ -143,6 +143,6 @@ class PBE(AFT):
 
 
 def answers(network: Normalized, images: Resident, runtime: Runtime) -> Tensor:
-    """Logits (N, classes), in eval mode and in the precision of trainings."""
+    """Logits (N, classes) of all images, in eval mode and in the precision of trainings."""
     with runtime.autocast():
         return runtime.forward(network, images)

@@ -82,9 +82,10 @@ class ScanUnlearn(Defense):
         every = self.scan(network, x, y, runtime)
         most = max(every, key=lambda e: e.score)
         flagged = [most.target] if most.score >= self.threshold else []
-        each = ", ".join(f"{e.family} {e.target}: {e.score:.2f}" for e in every)
+        each = ", ".join(f"{e.family} into class {e.target} {e.score:.2f}" for e in every)
         scores = [max(of_class) for of_class in zip(*(e.scores for e in every), strict=True)]
-        how = f"scan_unlearn, score by family and class ({each})"
+        how = f"scan_unlearn, highest score by kind of trigger, suspicious from {self.threshold:g}"
+        how = f"{how}: {each}"
         runtime.recorder.suspect(flagged, how, scores)
         if flagged and not self.idle:
             others = x[y != most.target]  # imagined images of the target hold its trigger

@@ -65,7 +65,7 @@ class TrapAndReplace(Defense):
         return network
 
     def bait(self, network: Normalized, cut: nn.Module, data: DefenderData, own: Runtime) -> None:
-        """Stage 1, in place."""
+        """Stage 1, in place: learn the poisoned set, and images (B, C, H, W) from ``cut``."""
         with capture([cut]) as seen, torch.no_grad():
             network.eval()(network.probe())
         with fork(own.derive("decoder")):
@@ -99,7 +99,7 @@ class TrapAndReplace(Defense):
         data: DefenderData,
         runtime: Runtime,
     ) -> None:
-        """Stage 2, in place; ``trapped`` are the blocks of the head."""
+        """Stage 2: reset and retrain the head on the clean images; ``trapped`` are its blocks."""
         head = executed_after(network.eval(), cut, network.probe())
         network.requires_grad_(False)
         with fork(runtime.derive("head")):

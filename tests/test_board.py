@@ -126,6 +126,26 @@ def test_rows_open_and_keep_their_cards_in_a_browser(tmp_path: Path) -> None:
     assert (filtered, left) == ("card1:card1", "card1")
 
 
+ON_PAPER = """<script>
+for (const sheet of document.styleSheets)
+  for (const rule of sheet.cssRules)
+    if (rule.media?.mediaText === "print") rule.media.mediaText = "all";
+const look = query => getComputedStyle(document.querySelector(query)).display;
+const seen = ["label", ".count", ".card", "details", "tbody tr"].map(look);
+document.body.dataset.probe = seen.join("|");
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_print_hides_controls_and_opens_rows(tmp_path: Path) -> None:
+    board = tmp_path / "board"
+    add([write(tmp_path / "0", cell="0")], board, [])
+    page = board_page(board, tmp_path)
+    page.write_text(page.read_text().replace("</html>", ON_PAPER + "</html>"))
+    done = browse(page, "--virtual-time-budget=5000", "--dump-dom")
+    assert 'data-probe="none|none|table-row|none|table-row"' in done.stdout
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -188,6 +188,7 @@ def test_a_detector_says_what_it_suspects_and_the_page_what_is_true(finished: Pa
     assert m["suspected"]["targets"] == [0]
     assert len(m["suspected"]["classes"]) == 2, "a tenth of a deviation is nothing"
     assert set(m["suspected"]["classes"]) <= set(range(10))
-    assert f"suspicious classes {m['suspected']['classes']}" in page
+    listed = ", ".join(map(str, m["suspected"]["classes"]))
+    assert f"suspicious classes: {listed}" in page
     assert "the attacker's target class is 0" in page
     assert "suspected" not in metrics(finished / "one"), "DHBE detects nothing"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dhbe.report.console import show
 from dhbe.report.findings import Finding, findings
 
 NONE = dict.fromkeys(("acc", "asr", "asr_conditional", "ra"))
@@ -40,7 +42,7 @@ def test_runs_on_known_data_have_no_such_screen() -> None:
 def test_a_suspicious_class_is_named_and_its_certainty_not_invented() -> None:
     found = of(("cat", "frog"))["Found"]
     assert found.text.startswith("Class 1 (frog) stands out: ")
-    assert "not been calibrated" in found.text
+    assert "not a calibrated probability" in found.text
     assert found.alarming
     ranked = of(suspected={"classes": [1], "scores": [0.5, 4.0, 1.25]})["Found"].text
     assert "(highest score of a class 4.0, the next 1.2)" in ranked
@@ -106,3 +108,24 @@ def test_what_is_left_is_the_highest_reach_of_each_network() -> None:
     assert "up to 10.0 % (class 0) of generated images" in left
     assert "before, up to 95.0 % (class 1)" in left
     assert "such as warps" in left
+
+
+def test_the_console_says_what_was_found_and_where_the_file_is(tmp_path: Path, capsys) -> None:
+    (tmp_path / "net-purified.pt").touch()
+    metrics = {
+        **{"attack": "none", "data": "own", "model": "resnet20", "defense": "auto", "scale": "cpu"},
+        **{"seed": 0, "selection": "fixed", "suspected": {"classes": [1]}, "counts": {}},
+        **{"victim": NONE, "purified": NONE, "cached_victim": True, "notes": ["note one"]},
+        "seconds": {"victim": 0.0, "defense": 61.0},
+        "evidence": {
+            "agreement": rate(18),
+            "reach": {"victim": [rate(1), rate(19)], "purified": [rate(2), rate(0)]},
+            "weights": {"conv1": 0.5},
+        },
+    }
+    show(metrics | {"counts": {r: NONE for r in ("victim", "purified")}}, tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith("Found: Class 1 stands out")
+    assert "auto on resnet20: 61 seconds" in said
+    assert "clean accuracy" not in said, "no table of dashes"
+    assert f"purified: {tmp_path / 'net-purified.pt'}" in said

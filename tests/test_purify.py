@@ -241,7 +241,7 @@ def test_a_model_can_be_scanned_in_memory() -> None:
     assert found.classes == [found.scores.index(max(found.scores))]
     assert len(found.scores) == 5
     assert found.threshold == 1e-9
-    assert any("score by family" in note for note in found.notes)
+    assert any("score by kind of trigger" in note for note in found.notes)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     quiet = dhbe.scan(model, **sizes, overrides=[*SCAN, "defense.threshold=1e9"])  # type: ignore[arg-type]
     assert (quiet.classes, quiet.scores) == ([], found.scores)

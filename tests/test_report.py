@@ -18,7 +18,7 @@ from PIL import Image
 from dhbe.report.__main__ import PUBLISHED
 from dhbe.report.collect import collect, merge, relabel, select
 from dhbe.report.failed import failures
-from dhbe.report.figures import curves, figures, over
+from dhbe.report.figures import curves, figures, over, seconds
 from dhbe.report.folder import detail, percent
 from dhbe.report.legend import class_names, explained
 from dhbe.report.page import COLOURS, _curves, style
@@ -34,6 +34,7 @@ from dhbe.report.tables import (
     ranking,
     summarize,
 )
+from dhbe.report.texts import drawing
 from tests.conftest import ROOT, names
 from tests.support.browser import BROWSER, browse
 from tests.support.commands import called
@@ -418,6 +419,21 @@ def test_page_of_a_run_has_the_same_lines(tmp_path: Path) -> None:
     assert all(c.lower() in drawn for c in COLOURS[:3])
     assert "#1f77b4" not in drawn, "the first colour of matplotlib"
     assert drawn.count("stroke-dasharray") > 2
+    file.write_text("stage,epoch,student/loss\ndefense,0,2\ndefense,1,1\n")
+    alone = base64.b64decode((_curves(file) or "").partition(",")[2]).decode()
+    assert 'width="324pt"' in alone, "no empty panel for rates that nobody measured"
+    file.write_text("stage,epoch,student/loss\nvictim,0,2\n")
+    assert _curves(file) is None
+
+
+def test_axis_of_less_than_a_decade_has_plain_numbers() -> None:
+    table = pd.DataFrame({"method_name": ["a", "b"], "seconds_defense": [135.0, 370.0]})
+    with drawing():
+        figure = seconds(table)
+        figure.canvas.draw()
+    texts = [t.get_text() for t in figure.axes[0].get_xticklabels(which="both")]
+    assert any(texts)
+    assert not [t for t in texts if "$" in t]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -470,7 +486,9 @@ def test_command_writes_everything_and_escapes(cells: Path, tmp_path: Path) -> N
     assert "&lt;b&gt;cifar10" in page
     assert "<b>" not in page
     assert "http" not in page, "opens without a network"
-    assert report(cells, tmp_path / "out", "--where", "attack=blend").returncode == 1
+    nothing = report(cells, tmp_path / "out", "--where", "attack=blend")
+    assert nothing.returncode == 1
+    assert "no run has attack=blend; there are attack: " in nothing.stderr
 
 
 PROBE = """<script>
@@ -504,7 +522,7 @@ def test_columns_and_metrics_are_explained(cells: Path, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "index.html").read_text()
     assert 'title="Attack success rate' in page
     assert "prefers-color-scheme: dark" in page
-    assert "@media print" in page
+    assert 'content: "victim_asr "' in page, "a row of many columns is printed with their names"
 
 
 def test_figures_for_papers(cells: Path, tmp_path: Path) -> None:

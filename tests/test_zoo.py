@@ -59,9 +59,14 @@ def test_the_figures_of_the_card_are_those_of_a_run(zoo: Path, compose_config, t
     assert metrics["clean_baseline"]["acc"] == clean.acc.value
     assert metrics["poisoned"] == pytest.approx(0.1, abs=0.01)
     assert not metrics["notes"]
-    elsewhere = run(zoo_config(zoo, compose_config, "data.limit=100"), tmp_path / "b", choices_of())
+    other = zoo_config(zoo, compose_config, "data.limit=100")
+    elsewhere = run(other, tmp_path / "b", choices_of())
     assert elsewhere["poisoned"] is None
-    assert "trained on other images" in " ".join(elsewhere["notes"])
+    assert not elsewhere["notes"], "a defender without images has none that the victim knows"
+    more = ("data.limit=100", "data.pool_fraction=0.2", "budget=pct5")
+    granted = zoo_config(zoo, compose_config, *more)
+    notes = run(granted, tmp_path / "c", choices_of())["notes"]
+    assert "may be among those that this victim was trained on" in " ".join(notes)
 
 
 def test_a_second_publication_changes_nothing(zoo: Path) -> None:

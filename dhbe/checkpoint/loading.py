@@ -128,7 +128,7 @@ class Checkpoint:
         return self._read(self.original[key], self.places[key])
 
     def other(self, name: str) -> Tensor:
-        """One tensor of ``others``."""
+        """The tensor under a key of ``others``, in its own shape and type, on the CPU."""
         return self._read(name, self.others[name])
 
     def _read(self, name: str, place: Place) -> Tensor:

@@ -293,7 +293,7 @@ def divergence(inputs: Tensor, norm: BatchNorm) -> float:
 
 
 def entropy(classes: Tensor) -> float:
-    """Entropy in nats of the classes (N,)."""
+    """Entropy in nats of the distribution of the predicted classes (N,)."""
     share = classes.bincount().double() / len(classes)
     return float(torch.special.entr(share).sum())
 

@@ -57,7 +57,7 @@ class WeightFile(ABC):
         return self.part(record, 0, self.size(record))
 
     def tensor(self, place: Place) -> Tensor:
-        """A copy of a tensor; only its own bytes are read."""
+        """A copy of a tensor, in its own shape and type; no other bytes of the file are read."""
         raw = self.part(place.record, place.offset * place.dtype.itemsize, place.reach)
         return place._replace(offset=0).view(raw).clone()
 

@@ -98,13 +98,13 @@ class Defense(ABC):
 
 
 def all_finite(network: torch.nn.Module) -> bool:
-    """Whether all weights and buffers are finite."""
+    """Whether no weight and no floating-point buffer holds NaN or infinity."""
     values = (t for t in network.state_dict().values() if t.is_floating_point())
     return all(bool(t.isfinite().all()) for t in values)
 
 
 def unchanged(before: torch.nn.Module, after: torch.nn.Module) -> bool:
-    """Whether two networks have the same weights and buffers."""
+    """Whether two networks have the same keys, and equal weights and buffers under them."""
     old, new = before.state_dict(), after.state_dict()
     return old.keys() == new.keys() and all(
         torch.equal(v.to(new[k]), new[k]) for k, v in old.items()

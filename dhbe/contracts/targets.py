@@ -16,7 +16,7 @@ class TargetRule(ABC):
 
     @abstractmethod
     def goal(self, y: Tensor) -> Tensor:
-        """Label the attacker wants under the trigger (B,)."""
+        """Labels (B,) that the attacker wants for triggered images of true labels ``y`` (B,)."""
 
     def eligible(self, y: Tensor) -> Tensor:
         """Whether an image counts for ASR (B,) bool: its true class is not already the goal."""

@@ -134,7 +134,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def subset(self, index: Tensor) -> ImageSet:
-        """The images at the positions ``index`` (M,), in that order."""
+        """The images at positions ``index`` (M,), 0 to N - 1, in that order."""
 
     @abstractmethod
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ Keep = Callable[[Tensor], Tensor]
 
 
 def all_of(labels: Tensor) -> Tensor:
-    """Positions (N,) of all images."""
+    """Positions (N,), 0 to N - 1, of all labels (N,)."""
     return torch.arange(len(labels))
 
 

@@ -193,7 +193,7 @@ class Probe:
 
 
 def parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Images (N, C, H, W) in portions that memory holds."""
+    """Images (N, C, H, W) in portions (n, C, H, W), n >= 8, of about ``AT_ONCE`` pixels."""
     return torch.split(x, max(8, AT_ONCE // (x.shape[-2] * x.shape[-1])))
 
 

@@ -106,13 +106,13 @@ class Distillation(pl.LightningModule):
 
     @property
     def purified(self) -> nn.Module:
-        """The outcome: the student, or the average of its states so far."""
+        """The student, or the running average of its weights where the game keeps one."""
         outcome: nn.Module = self.student if self.average is None else self.average.module
         return outcome
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The players."""
+        """Student, teacher, generator and the trigger networks, in this order."""
         return [self.student, self.teacher, self.generator, *self.attackers.values()]
 
     @property

@@ -23,7 +23,7 @@ class Gallery(pl.Callback):
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Every few epochs and after the last."""
+        """Measure the student and keep pictures, every few epochs and after the last."""
         assert isinstance(pl_module, Distillation)
         recorder, epoch = self.runtime.recorder, trainer.current_epoch
         if not recorder.due(epoch, pl_module.epochs):

@@ -92,7 +92,7 @@ class Rescale(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> the same shape."""
+        """Images (B, C, H, W) of mean 0 and deviation 1 -> of the given ones, per channel."""
         return x * self.std + self.mean
 
 

@@ -25,7 +25,7 @@ class Noise(ABC):
 
     @abstractmethod
     def latent(self, batch_size: int, length: int) -> Tensor:
-        """Standard normal (batch_size, length)."""
+        """Latents (batch_size, length), standard normal."""
 
     @abstractmethod
     def place(self, free: int) -> Position:

@@ -13,7 +13,7 @@ from dhbe.training.parallel import Processes
 
 
 def with_statistics(network: nn.Module) -> list[nn.BatchNorm2d]:
-    """The BatchNorms that keep running statistics."""
+    """BatchNorms of the network that keep running means and variances, in order of definition."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     return [norm for norm in norms if norm.running_mean is not None]
 

@@ -36,7 +36,7 @@ class Kind(ABC):
         """Of a trigger's values."""
 
     def shown(self, values: Tensor) -> Tensor:
-        """Values (N, *shape) as pictures: 0 to 1 over the range."""
+        """Values (N, *shape) as pictures: the kind's range mapped to [0, 1]."""
         low, high = self.bounds
         return (values - low) / (high - low)
 
@@ -336,7 +336,7 @@ def anomaly_index(reached: Tensor) -> Tensor:
 
 
 def lead(scores: Tensor) -> Tensor:
-    """How far each of the scores (K,) lies above the largest of the others."""
+    """Score minus the largest of the other scores, for each of (K,); negative but for one."""
     best = scores.topk(2)
     others = best.values[0].expand_as(scores).clone()
     others[best.indices[0]] = best.values[1]

@@ -36,7 +36,7 @@ def total_variation_l2(x: Tensor) -> Tensor:
 
 
 def disagreement(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of logits (B, K), over batch and classes."""
+    """Mean absolute difference () of logits (B, K), over batch and classes."""
     return (a - b).abs().mean()
 
 
@@ -80,7 +80,7 @@ def diversity(x: Tensor, made: Tensor, shift: int = 1) -> Tensor:
 
 
 def pyramid(residual: Tensor) -> Tensor:
-    """Mean squared residual (B, C, H, W) over three scales."""
+    """Mean square () of a residual (B, C, H, W), averaged over it and its 2x2 and 4x4 means."""
     scales = (residual, F.avg_pool2d(residual, 2), F.avg_pool2d(residual, 4))
     return torch.stack([s.square().mean() for s in scales]).mean()
 

@@ -22,7 +22,7 @@ THRESHOLDS = [-1.0, *(i / 20 for i in range(19))]
 
 
 def accuracy(network: nn.Module, images: ImageSet, runtime: Runtime) -> float:
-    """Share of images classified correctly, in eval mode."""
+    """Share, 0 to 1, of images that the network classifies as their label, in eval mode."""
     predicted = runtime.forward(network, images).argmax(dim=1)
     return int((predicted == runtime.labels(images)).sum()) / len(images)
 

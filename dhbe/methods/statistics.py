@@ -28,6 +28,6 @@ def lower_median(values: np.ndarray) -> float:
 
 @torch.no_grad()
 def confident(network: nn.Module, images: Tensor, label: int, confidence: float) -> Tensor:
-    """1 for images that the network surely takes for a class, 0 for others (B,)."""
+    """(B,): 1.0 where the probability of the class exceeds ``confidence``, else 0.0."""
     sure: Tensor = network(images).softmax(dim=1)[:, label] > confidence
     return sure.double()

@@ -62,7 +62,7 @@ def classifier(network: nn.Module) -> nn.Linear:
 
 
 def features(network: nn.Module, x: Tensor) -> Tensor:
-    """Features before the last linear layer (B, F)."""
+    """Inputs (B, F) of the last linear layer for inputs ``x`` (B, C, H, W) of ``network``."""
     return penultimate(network, x)[0]
 
 

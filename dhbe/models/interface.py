@@ -19,7 +19,7 @@ class DataFitted(Protocol):
     """A network with layers that are set from training images, once, before training."""
 
     def initialise_from(self, images: Tensor) -> None:
-        """Set them from normalised images (N, C, H, W)."""
+        """Set the layers that depend on data from normalised images (N, C, H, W)."""
 
 
 @torch.no_grad()
@@ -78,13 +78,13 @@ def tried(network: nn.Module, x: Tensor) -> Any:
 
 
 def probabilities(out: Tensor) -> bool:
-    """Whether the rows of outputs (B, K) are in [0, 1] and sum to 1."""
+    """Whether the rows of outputs (B, K) are in [0, 1] and sum to 1 within 1e-4."""
     inside = bool((out >= 0).all() and (out <= 1).all())
     return inside and torch.allclose(out.sum(1), out.new_ones(len(out)), atol=1e-4)
 
 
 def logits_of(network: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """Forward hook: probabilities (B, classes) -> their logits of mean 0."""
+    """Forward hook: probabilities (B, K) -> their logits (B, K), of mean 0 per image."""
     logs = out.float().clamp_min(torch.finfo(torch.float32).tiny).log()
     return (logs - logs.mean(1, keepdim=True)).to(out.dtype)
 

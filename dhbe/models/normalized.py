@@ -36,24 +36,24 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Pixel space -> the network's input space."""
+        """RGB pixels (B, C, H, W) in [0, 1] -> the network's input space."""
         return (self.turned(x) - self.mean) / self.std
 
     def denormalize(self, x_norm: Tensor) -> Tensor:
-        """The network's input space -> pixel space (not clipped)."""
+        """The network's input space (B, C, H, W) -> RGB pixels, not clipped to [0, 1]."""
         return self.turned(x_norm * self.std + self.mean)
 
     def turned(self, x: Tensor) -> Tensor:
-        """Channels from RGB to the network's order, or back."""
+        """Images (B, C, H, W) with channels turned from RGB to the network's order, or back."""
         return x.flip(1) if self.spec.order == "bgr" else x
 
     def around(self, network: nn.Module) -> Normalized:
-        """The same normalisation around another network."""
+        """Another network behind this normalisation, on the same device."""
         wrapped = Normalized(network, self.spec)
         return wrapped.to(self.mean.device, self.mean.dtype)
 
     def probe(self, batch_size: int = 2) -> Tensor:
-        """Black images (batch_size, C, H, W) that fit the network."""
+        """Black images (batch_size, C, H, W), for a forward pass that only asks for shapes."""
         return self.mean.new_zeros((batch_size, *self.spec.shape))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dhbe.core.errors import ConfigError
 
 
 def vgg19_bn(*, classes: int, channels: int, image_size: int) -> nn.Module:
-    """VGG19-BN in the CIFAR form."""
+    """VGG19-BN with one linear layer as its classifier, as it is used on CIFAR."""
     return vgg_bn(depth=19, classes=classes, channels=channels, image_size=image_size)
 
 

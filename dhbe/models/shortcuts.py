@@ -43,7 +43,7 @@ class Gate(nn.Module):
         self.inner, self.factor = inner, factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, C, H, W) -> the gated shortcut."""
+        """Features (B, C, H, W) -> those of the shortcut, times the factor of the gate."""
         passed: Tensor = x if self.inner is None else self.inner(x)
         return self.factor * passed
 

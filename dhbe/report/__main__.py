@@ -97,7 +97,7 @@ def report(options: argparse.Namespace) -> None:
         where = ", ".join(map(str, options.folders))
         lost = "".join(f"\n  {path}: {cause}" for path, cause in damaged)
         raise ValueError(f"no metrics.json below {where}{' but damaged ones:' * bool(lost)}{lost}")
-    known = [*table, *failed]
+    known, every = [*table, *failed], pd.concat([table, failed])
     table, failed = (select(t, options.where, known) for t in (table, failed))
     if options.merge:
         former = options.out / "results.csv"
@@ -107,7 +107,9 @@ def report(options: argparse.Namespace) -> None:
             remedy = "delete it, or leave out --merge"
             raise ValueError(f"{former}: damaged former report ({error}); {remedy}") from error
     if table.empty and failed.empty:
-        raise ValueError(f"no run has {' '.join(options.where)}")
+        columns = [w.partition("=")[0] for w in options.where]
+        there = "; ".join(f"{c}: {', '.join(sorted(set(map(str, every[c]))))}" for c in columns)
+        raise ValueError(f"no run has {' '.join(options.where)}; there are {there}")
     extra = {TITLE: listed(damaged)}
     if options.compare and len(table):
         published = pd.read_csv(options.compare)

@@ -54,9 +54,9 @@ def found(metrics: dict[str, Any], names: Sequence[str]) -> Finding:
     elif suspected:
         listed = ", ".join(called(c, names) for c in suspected)
         text = (
-            f"{listed} {'stands' if len(suspected) == 1 else 'stand'} out: triggers that were "
-            "sought move images of the other classes there. So does a backdoor. How sure this is "
-            f"has not been calibrated{ranked(detected)}; the evidence is in the notes below."
+            f"{listed} {'stands' if len(suspected) == 1 else 'stand'} out: triggers that the "
+            "defense sought move images of other classes there, as the trigger of a backdoor does. "
+            f"The score is not a calibrated probability{ranked(detected)}; the notes have details."
         )
     else:
         text = (

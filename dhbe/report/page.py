@@ -140,7 +140,7 @@ def _examples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _curves(file: Path) -> str | None:
-    """Losses, and ACC/ASR where they were measured, as one SVG data URL."""
+    """Losses, and ACC/ASR, each where they were recorded, as one SVG data URL; None for neither."""
     try:
         table = pd.read_csv(file)
     except pd.errors.EmptyDataError:
@@ -148,25 +148,30 @@ def _curves(file: Path) -> str | None:
     defense = table[table["stage"] == "defense"]
     if defense.empty:
         return None
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for place, name in enumerate(("val/acc", "val/asr")):
-        if name in defense:
-            points = defense[["epoch", name]].dropna()
-            left.plot(points["epoch"] + 1, 100 * points[name], label=name, **style(place))
-    left.set(xlabel="epoch", ylabel="%", ylim=(-2, 102), title="purified network, test images")
+    measured = [name for name in ("val/acc", "val/asr") if name in defense]
     losses = [
         c for c in map(str, defense) if "/" in c and not c.startswith("val/") and defense[c].any()
     ]
+    panels = bool(measured) + bool(losses)
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.5 * panels, 3), layout="constrained")
+    grid = [*figure.subplots(1, panels, squeeze=False).ravel()]
+    if measured:
+        axes = grid[0]
+        for place, name in enumerate(measured):
+            points = defense[["epoch", name]].dropna()
+            axes.plot(points["epoch"] + 1, 100 * points[name], label=name, **style(place))
+        axes.set(ylabel="%", ylim=(-2, 102), title="purified network, test images")
     for place, name in enumerate(losses):
-        right.plot(
+        grid[-1].plot(
             defense["epoch"] + 1, defense[name], label=name, **style(place), **sparse(len(defense))
         )
-    right.set(xlabel="epoch", title="losses of the players")
-    for axes in (left, right):
+        grid[-1].set(title="losses of the players")
+    for axes in grid:
+        axes.set(xlabel="epoch")
         axes.grid(color="#eeeeee")
-        if axes.lines:
-            axes.legend(fontsize=8)
+        axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return data_url(buffer.getvalue(), "image/svg+xml")

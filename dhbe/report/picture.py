@@ -21,20 +21,29 @@ SHOWN = 6
 """Test images in the picture of a run."""
 EACH = 5
 """Test images of each attack."""
+MADE = {
+    "generated": "generated images",
+    "imagined": "imagined images",
+    "patches": "patches",
+    "triggers_found": "triggers found",
+}
+"""Pictures of a defense, by the stem of their files, and what they show."""
+ACROSS, DOWN = 8, 3
+"""Tiles in a row of such a picture, and rows that are shown."""
 
 
 @drawing()
 def write_overview(folder: Path) -> Path | None:
     """Write ``overview.png`` into a result folder; None if it has no triggered images.
 
-    Left: triggered test images. Middle: what the generators made last, if the defense has any.
-    Right: ACC and ASR before and after.
+    Left: triggered test images. Middle: the images and triggers that the defense made, if any; of
+    several epochs the last. Right: ACC and ASR before and after.
     """
     examples = folder / "examples.npz"
     if not examples.exists() or "triggered" not in (found := dict(np.load(examples))):
         return None
-    last = [sorted((folder / "pictures").glob(f"{n}_*.png"))[-1:] for n in ("generated", "patches")]
-    made = [files[0] for files in last if files]
+    last = {name: sorted((folder / "pictures").glob(f"{name}*.png"))[-1:] for name in MADE}
+    made = {MADE[name]: files[0] for name, files in last.items() if files}
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     widths = [1.5, *([1.6] * bool(made)), 1.5]
     panels: Any = figure.subfigures(1, len(widths), width_ratios=widths)
@@ -62,10 +71,13 @@ def _images(panel: Any, clean: np.ndarray, triggered: np.ndarray) -> None:
     _show(panel.subplots(), whole.squeeze())
 
 
-def _grids(panel: Any, files: list[Path]) -> None:
-    panel.suptitle("generated images, patches")
-    for a, file in zip(panel.subplots(len(files), 1, squeeze=False)[:, 0], files, strict=True):
-        _show(a, np.asarray(Image.open(file)))
+def _grids(panel: Any, files: dict[str, Path]) -> None:
+    panel.suptitle(", ".join(files))
+    for a, file in zip(
+        panel.subplots(len(files), 1, squeeze=False)[:, 0], files.values(), strict=True
+    ):
+        pixels = np.asarray(Image.open(file))
+        _show(a, pixels[: pixels.shape[1] // ACROSS * DOWN])  # the upper rows of a high grid
 
 
 def _bars(panel: Any, folder: Path) -> None:

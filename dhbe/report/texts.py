@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 from matplotlib.axis import Axis
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
 from dhbe.core.exit_status import UNWRITABLE
 
@@ -75,3 +75,5 @@ def drawing() -> Iterator[None]:
 def plain_ticks(axis: Axis) -> None:
     """Numbers beside a logarithmic axis without mathematical notation, see ``drawing``."""
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if isinstance(axis.get_minor_formatter(), LogFormatter):  # labels where decades are few
+        axis.set_minor_formatter(LogFormatter())

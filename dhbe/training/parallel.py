@@ -172,7 +172,7 @@ class Processes:
         self.average(p.grad for g in groups for p in g["params"] if p.grad is not None)
 
     def align(self, module: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers."""
+        """Copy the parameters and buffers of the first process to all others, in place."""
         values = list(module.state_dict().values())
         self._together(values, lambda flat: dist.broadcast(flat, 0))
 

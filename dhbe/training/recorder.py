@@ -46,7 +46,7 @@ class Recorder(Checkpoint):
         return bool(self._every) and ((epoch + 1) % self._every == 0 or epoch + 1 == epochs)
 
     def observe(self, network: nn.Module, epoch: int) -> None:
-        """Measure ``network`` and add the figures to this epoch's row."""
+        """Add ACC and ASR of ``network``, measured by the evaluation, to this epoch's row."""
         if self._observe is None:
             return
         training = {m: m.training for m in network.modules()}
@@ -73,7 +73,8 @@ class Recorder(Checkpoint):
         """
         self.suspected = sorted(classes)
         self.scores = None if scores is None else list(scores)
-        self.notes.append(f"{how}: suspicious classes {self.suspected}")
+        listed = ", ".join(map(str, self.suspected)) or "none"
+        self.notes.append(f"{how}; suspicious classes: {listed}")
 
     def isolate(self, positions: Tensor, how: str) -> None:
         """Keep the positions (n,) in the poisoned set that a defense takes for poison.

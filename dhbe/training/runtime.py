@@ -37,7 +37,7 @@ BATCH = 500
 
 
 def call(network: nn.Module, x: Tensor) -> Tensor:
-    """``network(x)`` for images (B, C, H, W)."""
+    """``network(x)``: outputs (B, classes) for images (B, C, H, W)."""
     out: Tensor = network(x)
     return out
 
@@ -104,7 +104,7 @@ class Runtime:
         return to_float(raw.to(self.device)).to(self.dtype)
 
     def labels(self, images: ImageSet) -> Tensor:
-        """All labels (N,), on the device of the run."""
+        """All labels (N,) int64, on the device of the run."""
         return images.labels.to(self.device)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of a batch."""
+    """Mean cross-entropy () in nats of the images (B, C, H, W) and labels (B,) of a batch."""
     return F.cross_entropy(network(batch.images), batch.labels)
 
 
@@ -99,7 +99,7 @@ class Supervised(pl.LightningModule):
             self.before_epoch(self.current_epoch / self.schedule.epochs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step of every player."""
+        """One step of every optimiser on the same loss; returns that loss (), without gradient."""
         del batch_idx
         optimizers = self.optimizers(use_pl_optimizer=True)
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]

@@ -215,11 +215,12 @@ class ZooVictim(VictimSource):
         same = request.splits is not None and (
             request.splits.train.fingerprint() == entry.card.images
         )
-        if not same:
+        budget = request.config["budget"]
+        if not same and any(budget.get(k) for k in ("fraction", "per_class", "incoming")):
+            data = entry.card.choices["data"]
             self.assumed = [
-                "the victim was trained on other images than those of this data=: clean images "
-                f"that a budget grants may be among them (data={entry.card.choices['data']} "
-                "without data.limit keeps them apart)"
+                "the defender's clean images may be among those that this victim was trained on; "
+                f"data={data} without data.limit keeps them apart"
             ]
         return victim(entry, request.network(), request.attack, poisoned=same)
 
