@@ -26,7 +26,7 @@ from defenses.i_bau import implicit
 from defenses.nad import attention
 from defenses.neural_cleanse import Trigger
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
-from defenses.otbr import filters, fuse
+from defenses.otbr import fuse
 from defenses.trap_and_replace import decoder
 from defenses.ulrl import reset
 from dhbe.config.schema import plain
@@ -36,9 +36,7 @@ from dhbe.methods.losses import total_variation_squared
 from dhbe.methods.masks import attach, batch_norms
 from dhbe.methods.selection import accuracy, choose
 from dhbe.models.dataflow import classifier
-from dhbe.models.shortcuts import (
-    blocks,
-)
+from dhbe.models.shortcuts import blocks, filters
 from dhbe.training.schedule import Cosine, SGDSchedule
 from tests.support.attacks import tiny
 from tests.support.defenses import batch, build, granted, self_labelled, suspect
