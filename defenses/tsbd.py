@@ -85,9 +85,7 @@ class TSBD(Defense):
 
 
 @torch.no_grad()
-def reinitialise(
-    network: nn.Module, moved: list[Tensor], *, neurons: float, weights: float
-) -> int:
+def reinitialise(network: nn.Module, moved: list[Tensor], *, neurons: float, weights: float) -> int:
     """Step 2, in place; returns how many weights are zeroed.
 
     Args:
