@@ -18,8 +18,9 @@ from dhbe.core.errors import ConfigError
 from dhbe.core.types import Batch
 from dhbe.data import DefenderData, Resident
 from dhbe.methods.selection import choose
+from dhbe.methods.unlearning import changes
 from dhbe.models import Normalized
-from dhbe.models.shortcuts import NAMES
+from dhbe.models.shortcuts import filters
 from dhbe.training.runtime import Runtime
 from dhbe.training.schedule import Schedule
 
@@ -65,18 +66,18 @@ class OTBR(Defense):
     def repair(self, network: Normalized, data: DefenderData, runtime: Runtime) -> Normalized:
         if not filters(network):
             raise ConfigError("defense=otbr: the network has no convolution; use defense=dhbe")
-        changes = self.unlearned(network, runtime)
+        moved = self.unlearned(network, runtime)
         share, repaired = choose(
             network,
             SHARES,
-            lambda net, share: fuse(net, changes, share, self.lam),
+            lambda net, share: fuse(net, moved, share, self.lam),
             fixed=self.share,
             selection=self.selection,
             max_drop=0.0,
             data=data,
             runtime=runtime,
         )
-        total = sum(len(c) for c in changes)
+        total = sum(len(c) for c in moved)
         runtime.recorder.notes.append(
             f"otbr pruned {int(share * total)} of {total} filters (share {share}) and fused"
         )
@@ -105,17 +106,7 @@ class OTBR(Defense):
             steps=self.steps,
             loss=loss,
         )
-        pairs = zip(filters(forgetful), filters(network), strict=True)
-        return [(a.weight - b.weight).detach().abs().flatten(1).sum(1) for a, b in pairs]
-
-
-def filters(network: nn.Module) -> list[nn.Conv2d]:
-    """Convolutions that are not part of a shortcut, in order of definition."""
-    return [
-        module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d) and not any(shortcut in name for shortcut in NAMES)
-    ]
+        return [each.sum(1) for each in changes(network, forgetful)]
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from typing import Annotated
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dhbe.contracts.defense import Defense
 from dhbe.core.errors import got
@@ -17,7 +16,7 @@ from dhbe.core.types import Batch, DataSpec
 from dhbe.data import DefenderData, Resident
 from dhbe.game.imagined import Imagination
 from dhbe.methods.inversion import Kind, Mixture
-from dhbe.methods.losses import disagreement
+from dhbe.methods.losses import denial, disagreement
 from dhbe.methods.procedural import procedural
 from dhbe.methods.scan import Scan
 from dhbe.models import Normalized
@@ -121,7 +120,8 @@ class ScanUnlearn(Defense):
                 wanted = teacher(x)
             copied, moved = student(torch.cat([x, triggers(x, batch.rng)])).chunk(2)
             of_others = wanted.argmax(dim=1) != target
-            unsaid: Tensor = (F.softplus(log_odds(moved.float(), target)) * of_others).mean()
+            of_target = torch.full((len(x),), target, device=x.device)
+            unsaid: Tensor = (denial(moved.float(), of_target) * of_others).mean()
             return disagreement(copied, wanted) + self.weight * unsaid
 
         network.requires_grad_(True)
@@ -138,10 +138,3 @@ class ScanUnlearn(Defense):
         with torch.no_grad():
             for kept, before in zip(network.parameters(), teacher.parameters(), strict=True):
                 kept.lerp_(before, 1 - self.share)
-
-
-def log_odds(logits: Tensor, target: int) -> Tensor:
-    """log(p / (1 - p)) of the target's probability p (B,), from logits (B, K)."""
-    others = logits.clone()
-    others[:, target] = -torch.inf
-    return logits[:, target] - others.logsumexp(dim=1)

@@ -26,19 +26,22 @@ from defenses.i_bau import implicit
 from defenses.nad import attention
 from defenses.neural_cleanse import Trigger
 from defenses.ngf import conjugate_gradients, fisher_diagonal, fisher_product, gradient
-from defenses.otbr import filters, fuse
+from defenses.otbr import fuse
 from defenses.trap_and_replace import decoder
+from defenses.tsbd import reinitialise
 from defenses.ulrl import reset
 from dhbe.config.schema import plain
+from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
 from dhbe.data import Budget, DefenderData, Resident, to_float
 from dhbe.methods.losses import total_variation_squared
 from dhbe.methods.masks import attach, batch_norms
 from dhbe.methods.selection import accuracy, choose
+from dhbe.models import Normalized
 from dhbe.models.dataflow import classifier
-from dhbe.models.shortcuts import (
-    blocks,
-)
+from dhbe.models.polarizer import Polarizer, place
+from dhbe.models.preact import PreActResNet18
+from dhbe.models.shortcuts import blocks, filters
 from dhbe.training.schedule import Cosine, SGDSchedule
 from tests.support.attacks import tiny
 from tests.support.defenses import batch, build, granted, self_labelled, suspect
@@ -491,3 +494,58 @@ def test_fst_turns_the_classifier_away_at_its_old_length(
         assert float(after.detach().norm()) == pytest.approx(float(before.norm()), rel=1e-4)
         turned.append(float((after * before).sum().detach()))
     assert turned[1] < turned[0]
+
+
+def test_tsbd_zeroes_the_most_changed_weights_of_the_most_changed_neurons() -> None:
+    """Against sorting all weights of the chosen neurons in one list."""
+    network = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Conv2d(6, 4, 1))
+    network.shortcut = nn.Conv2d(2, 2, 1)
+    before, rng = copy.deepcopy(network), generator(0, "tsbd")
+    moved = [torch.rand(n, size, generator=rng) for n, size in ((6, 18), (4, 6))]
+    zeroed = reinitialise(network, moved, neurons=0.35, weights=0.5)
+    neurons = [
+        (float(row.sum()), i, k) for i, layer in enumerate(moved) for k, row in enumerate(layer)
+    ]
+    chosen = sorted(neurons, reverse=True)[:3]  # of ten
+    flat = [(float(v), i, k, n) for _, i, k in chosen for n, v in enumerate(moved[i][k])]
+    gone = {place[1:] for place in sorted(flat, reverse=True)[: len(flat) // 2]}
+    assert zeroed == len(gone)
+    for i, (new, old) in enumerate(zip(filters(network), filters(before), strict=True)):
+        for k, row in enumerate(old.weight.detach().flatten(1)):
+            kept = [0.0 if (i, k, n) in gone else float(v) for n, v in enumerate(row)]
+            assert new.weight[k].flatten().tolist() == kept
+    assert torch.equal(network.shortcut.weight, before.shortcut.weight)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_polarizer_folds_into_its_convolution(biased: bool) -> None:
+    """As if it were applied to the padded features, before and after folding."""
+    rng = generator(0, "polarizer")
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=biased).requires_grad_(False)
+    norm = nn.BatchNorm2d(5).eval().requires_grad_(False)
+    norm.running_var.uniform_(0.5, 2)
+    polarizer = Polarizer(conv, norm)
+    x = torch.randn(4, 3, 7, 7, generator=rng)
+    with torch.no_grad():
+        for value in (*polarizer.parameters(), polarizer.norm.running_mean):
+            value.copy_(torch.randn(value.shape, generator=rng))
+        polarizer.norm.running_var.uniform_(0.5, 2)
+    polarizer.eval()
+    padded = polarizer.norm(polarizer.mix(F.pad(x, (1, 1, 1, 1))))
+    wanted = norm(F.conv2d(padded, conv.weight, conv.bias, stride=2))
+    with polarizer.inserted():
+        torch.testing.assert_close(norm(conv(x)), wanted)
+    polarizer.fold()
+    torch.testing.assert_close(norm(conv(x)), wanted)
+
+
+def test_a_polarizer_stands_before_the_last_convolution_that_takes_a_constant() -> None:
+    """In a PreAct-ResNet18 where the official code puts it."""
+    spec = make_spec(image_size=32)
+    network = Normalized(PreActResNet18(classes=4, channels=3, image_size=32), spec).eval()
+    conv, norm = place(network)
+    block = network.network.blocks[-1]
+    assert (conv, norm) == (block.conv1, block.bn2)
+    bare = Normalized(nn.Sequential(nn.Conv2d(3, 4, 16, bias=False), nn.Flatten()), make_spec())
+    with pytest.raises(ConfigError, match="no linear layer can be inserted"):
+        place(bare.eval())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.cetf import Found
+from defenses.seam import wrong
+from dhbe.core.rng import generator
 from dhbe.core.types import POISON
 from dhbe.data import DefenderData, Resident
 from dhbe.experiment.summary import isolation
@@ -403,3 +405,164 @@ def test_adversarial_fine_tuning(compose_config, images, make_runtime, monkeypat
         loss = t.loss(network.train(), batch).item()
         x = worse if hard else batch.images
         assert loss == pytest.approx(mean_cross_entropy(network, x, batch.labels), rel=1e-4)
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Probabilities (B, K) in double."""
+    return logits.detach().double().softmax(dim=1)
+
+
+@torch.no_grad()
+def undecided(network: nn.Module) -> nn.Module:
+    """The same network, which now gives noise every class in turn."""
+    logits = network.eval()(torch.rand(64, 3, 16, 16))
+    classifier(network).bias -= logits.mean(0)
+    classifier(network).weight *= 20
+    return network
+
+
+def test_sau(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """Where the suspect is fooled, its answer is denied; elsewhere only the clean term counts."""
+    method = build("sau", compose_config, robust=0.5, shared=2.0)
+    network = undecided(suspect().network)
+    old, data = copy.deepcopy(network), granted(images, fraction=0.1)
+    t = training(method, network, data, make_runtime(), monkeypatch)
+    assert t.train_mode is False
+    assert t.batches.spec.augmentation == "none"
+    with torch.no_grad():
+        classifier(network).weight.add_(0.5 * torch.randn(classifier(network).weight.shape))
+    batch = next(iter(t.batches))
+    x, y = batch.images, batch.labels
+    moved = x + 3 * torch.rand_like(x).sub(0.5)
+    monkeypatch.setattr(method, "perturbation", lambda *_: moved - x)
+    before, answer, p = old(x).argmax(1), old(moved).argmax(1), predictions(network(moved))
+    denied = [
+        -math.log(1 - float(p[i, k]))
+        for i, k in enumerate(answer.tolist())
+        if k not in (int(y[i]), int(before[i]))
+    ]
+    assert 0 < len(denied) < len(y), "otherwise this says nothing"
+    hand = mean_cross_entropy(network, x, y) + 0.5 * mean_cross_entropy(network, moved, y)
+    assert t.loss(network, batch).item() == pytest.approx(hand + 2 * sum(denied) / len(y), rel=1e-4)
+
+
+def test_sau_moves_images_towards_one_wrong_answer_of_both(compose_config) -> None:
+    """One step from d = epsilon, along the sign of the gradient of the objective by its formula."""
+    method = build("sau", compose_config, pgd_steps=1, adversarial=0.3)
+    old, new = undecided(suspect().network), undecided(suspect(seed=1).network)
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    own, before = new(x).argmax(1), old(x).argmax(1)
+    found = method.perturbation(new, old, x, y, own, before)
+    delta = torch.full_like(x, 0.2).requires_grad_(True)
+    total = torch.zeros(())
+    for i in range(8):
+        moved = (x + delta)[i : i + 1]
+        p, q = (net(moved).softmax(dim=1)[0] for net in (new, old))
+        k, j = int(p.argmax()), int(q.argmax())
+        if k == own[i]:
+            total = total + 0.3 / 2 * p[y[i]].log() / 8
+        if j == before[i]:
+            total = total + 0.3 / 2 * q[y[i]].log() / 8
+        if not (k != own[i] and j != before[i] and k == j):
+            mean = (p + q) / 2
+            share = (p * (p / mean).log() + q * (q / mean).log()).sum() / 2
+            total = total + share / 8
+    (gradient,) = torch.autograd.grad(total, delta)
+    hand = (0.2 - 0.2 * gradient.sign()).clamp(-0.2, 0.2)
+    clear = gradient.abs() > 1e-7  # rounding decides about the others
+    assert clear.float().mean() > 0.5
+    torch.testing.assert_close(found[clear], hand[clear])
+
+
+def test_npd(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """CE, the own answer kept and two wrong classes denied on moved images, by a frozen network."""
+    weights = {"clean": 2.0, "kept": 0.3, "wrong": 0.4, "target": 0.5}
+    method, network = build("npd", compose_config, **weights), suspect().network
+    data = granted(images, fraction=0.1)
+    t = trainings(method, network, data, make_runtime(), monkeypatch)["student"]
+    assert t.train_mode is False
+    assert not any(w.requires_grad for w in network.parameters())
+    assert {n for n, _ in t.network.named_parameters()} == {
+        "mix.weight",
+        "norm.weight",
+        "norm.bias",
+    }
+    batch, seen = next(iter(t.batches)), []
+    x, y = batch.images, batch.labels
+    moved = torch.rand_like(x)
+    monkeypatch.setattr(method, "moved", lambda _, __, target: seen.append(target) or moved)
+    loss = t.loss(t.network, batch).item()
+    clean, p = predictions(network(x)), predictions(network(moved))
+    hand = 2 * mean_cross_entropy(network, x, y)
+    for i, label in enumerate(y.tolist()):
+        rest = [k for k in range(4) if k != label]
+        goal = max(rest, key=lambda k: float(clean[i, k]))
+        assert int(seen[0][i]) == goal
+        found = max(rest, key=lambda k: float(p[i, k]))
+        hand -= 0.3 * math.log(p[i, clean[i].argmax()]) / len(y)
+        hand -= 0.4 * math.log(1 - p[i, found]) / len(y)
+        hand -= 0.5 * math.log(1 - p[i, goal]) / len(y)
+    assert loss == pytest.approx(hand, rel=1e-4)
+
+
+def test_npd_moves_images_inside_a_ball(compose_config) -> None:
+    method = build("npd", compose_config, pgd_steps=1)
+    network, x = suspect().network.eval().requires_grad_(False), torch.rand(4, 3, 16, 16)
+    target = (network(x).argmax(1) + 1) % 4
+    found = method.moved(network, x, target)
+    free = x.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(F.cross_entropy(network(free), target), free)
+    step = -0.1 * slope.sign()
+    length = step.flatten(1).norm(dim=1)
+    assert length.max() > method.epsilon or method.epsilon > 2.7
+    scale = (method.epsilon / length).clamp(max=1)
+    hand = (x + scale[:, None, None, None] * step).clamp(0, 1)
+    torch.testing.assert_close(found, hand)
+    small = build("npd", compose_config, pgd_steps=2, epsilon=0.5).moved(network, x, target)
+    assert (small - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-5
+
+
+def test_tsbd(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """(1 - alpha) g + alpha g', g' the gradient at weights moved along g, each by its own norm."""
+    method, network = build("tsbd", compose_config, r=0.3, alpha=0.6), suspect().network
+    monkeypatch.setattr("defenses.tsbd.unlearn", lambda *_, **__: 0.1)
+    monkeypatch.setattr("defenses.tsbd.reinitialise", lambda *_, **__: 0)
+    t = training(method, network, granted(images, fraction=0.1), make_runtime(), monkeypatch)
+    batch = next(iter(t.batches))
+    x, y = batch.images, batch.labels
+    weights = list(network.parameters())
+    found = torch.autograd.grad(t.loss(network, batch), weights)
+    here = torch.autograd.grad(F.cross_entropy(network(x), y), weights)
+    moved = copy.deepcopy(network)
+    with torch.no_grad():
+        for w, g in zip(moved.parameters(), here, strict=True):
+            w.add_(0.3 * g / g.square().sum().sqrt())
+    there = torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters()))
+    for total, g, h in zip(found, here, there, strict=True):
+        torch.testing.assert_close(total, 0.4 * g + 0.6 * h, atol=1e-5, rtol=1e-3)
+
+
+def test_seam(compose_config, images: Resident, make_runtime, monkeypatch) -> None:
+    """A few images with labels that are never the true ones; then all with their own."""
+    method, network = build("seam", compose_config, share=0.25), suspect().network
+    data = granted(images, fraction=0.1)
+    found = trainings(method, network, data, make_runtime(), monkeypatch)
+    assert [(r, len(t.batches.images)) for r, t in found.items()] == [
+        ("forget", 10),
+        ("recover", 40),
+    ]
+    batch = next(iter(found["recover"].batches))
+    own = mean_cross_entropy(network, batch.images, batch.labels)
+    assert found["recover"].loss(network, batch).item() == pytest.approx(own)
+    monkeypatch.setattr("defenses.seam.wrong", lambda labels, *_: (labels + 1) % 4)
+    next_ones = mean_cross_entropy(network, batch.images, (batch.labels + 1) % 4)
+    assert found["forget"].loss(network, batch).item() == pytest.approx(next_ones)
+
+
+def test_wrong_labels_are_drawn_evenly_among_the_others() -> None:
+    labels = torch.arange(4).repeat(1000)
+    drawn = wrong(labels, 4, generator(0))
+    counts = torch.zeros(4, 4, dtype=torch.long)
+    counts.index_put_((labels, drawn), torch.tensor(1), accumulate=True)
+    assert counts.diagonal().tolist() == [0] * 4
+    assert counts[~torch.eye(4, dtype=torch.bool)].sub(1000 / 3).abs().max() < 60

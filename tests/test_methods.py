@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +21,7 @@ from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, even
 from dhbe.methods.adversarial import universal
+from dhbe.methods.losses import denial
 from dhbe.methods.masks import attach, batch_norms, clamp, fold, prune
 from dhbe.methods.rectangles import Stagnation, rectangles
 from dhbe.methods.selection import accuracy, choose
@@ -58,6 +60,17 @@ def test_masks_scale_and_fold() -> None:
     attach(layers)[0].mask.data.zero_()
     fold(layers, keep=False)
     torch.testing.assert_close(network(x), changed)
+
+
+def test_the_denial_of_a_certain_class_keeps_its_gradient() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [60.0, 0.0, 0.0]], requires_grad=True)
+    denied = denial(logits, torch.tensor([1, 0]))
+    denied.sum().backward()
+    p = logits.detach().softmax(dim=1)[0, 1]
+    assert denied[0].item() == pytest.approx(-(1 - p).log().item(), abs=1e-5)
+    assert denied[1].item() == pytest.approx(60 - math.log(2))
+    assert logits.grad is not None
+    assert logits.grad[1].tolist() == pytest.approx([1.0, -0.5, -0.5])
 
 
 def test_prune_zeroes_gamma_at_or_below_the_threshold() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defenses.scan_unlearn import log_odds
 from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
 from dhbe.core.types import Suspect
@@ -221,19 +219,6 @@ def test_a_share_of_the_change_is_kept(compose_config, images, make_runtime) -> 
         change[share] = torch.cat([p.detach().flatten() for p in purified.parameters()]) - before
     torch.testing.assert_close(change[0.25], 0.25 * change[1.0], atol=1e-6, rtol=1e-3)
     assert change[1.0].abs().max() > 1e-4
-
-
-def test_log_odds_of_a_certain_target_keep_their_gradient() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0], [60.0, 0.0, 0.0]], requires_grad=True)
-    odds = log_odds(logits, 0)
-    denied = F.softplus(odds)
-    denied.sum().backward()
-    p = logits.detach().softmax(dim=1)[0, 0]
-    assert odds[0].item() == pytest.approx(p.logit().item(), abs=1e-5)
-    assert odds[1].item() == pytest.approx(60 - math.log(2))
-    assert denied[0].item() == pytest.approx(-(1 - p).log().item(), abs=1e-5)
-    assert logits.grad is not None
-    assert logits.grad[1].tolist() == pytest.approx([1.0, -0.5, -0.5])
 
 
 def test_a_scan_alone_changes_nothing_and_warns_of_nothing(

@@ -103,3 +103,13 @@ def contrastive(logits: Tensor, y: Tensor, among: Tensor) -> Tensor:
     repelled = (1 - (square + 1e-9).sqrt()).clamp_min(0).square()
     term = torch.where(y[1:] == y[:-1], square, repelled) / 2
     return (term * both).sum() / both.sum().clamp_min(1).square()
+
+
+def denial(logits: Tensor, classes: Tensor) -> Tensor:
+    """-log(1 - p) (B,), p the probabilities of ``classes`` (B,) by logits (B, K).
+
+    By the log-odds: the gradient stays where a network is certain, the value finite in bfloat16.
+    """
+    chosen = classes[:, None]
+    others = logits.scatter(1, chosen, -torch.inf)
+    return F.softplus(logits.gather(1, chosen)[:, 0] - others.logsumexp(dim=1))

@@ -30,6 +30,15 @@ def blocks(network: nn.Module, *, least: int = 1, method: str = "") -> list[nn.M
     return found
 
 
+def filters(network: nn.Module) -> list[nn.Conv2d]:
+    """Convolutions outside of shortcuts, in order of definition."""
+    return [
+        module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and not any(shortcut in name for shortcut in NAMES)
+    ]
+
+
 def shortcut_name(block: nn.Module) -> str | None:
     """Attribute of a residual block that holds its shortcut (None inside: the identity)."""
     return next((n for n in NAMES if hasattr(block, n)), None)
