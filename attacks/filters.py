@@ -45,7 +45,8 @@ class Filters(Attack):
     def trigger(self, x: Tensor) -> Tensor:
         if x.shape[1] == 3:
             return self.recipe(x)
-        return rgb_to_grayscale(self.recipe(x.expand(-1, 3, -1, -1)))
+        grey: Tensor = rgb_to_grayscale(self.recipe(x.expand(-1, 3, -1, -1)))
+        return grey
 
 
 def gotham(x: Tensor) -> Tensor:
@@ -123,6 +124,6 @@ def vignette(x: Tensor, code: str, *, inside: bool) -> Tensor:
     """(B, 3, H, W) times the colour, whose opacity falls from the middle, or rises from it."""
     height, width = x.shape[-2:]
     y, along = ((torch.arange(n, device=x.device) - (n - 1) / 2) for n in (height, width))
-    radius = torch.hypot(y[:, None], along) / (CROP * max(height, width) / 2)
+    radius = torch.hypot(y[:, None], along) / ((CROP * max(height, width) - 1) / 2)
     opacity = (1 - radius if inside else radius).clamp(0, 1).to(x.dtype)
     return x * (1 - opacity * (1 - paint(code, x)))
