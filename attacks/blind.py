@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from dhbe.contracts.attack import Attack, Poisoning
+from dhbe.models.hooks import frozen_statistics
 
 KEEP = -1.0
 PATTERN = ((1, 0, 1), (KEEP, 1, KEEP), (KEEP, KEEP, 0), (KEEP, 1, KEEP), (1, 0, 1))
@@ -26,8 +27,9 @@ class Blind(Attack):
     batch of augmented images is used clean and triggered, and the multiple gradient descent
     algorithm (MGDA) chooses c anew, such that the combined gradient is the shortest (section 4.2).
     The attack begins when the mean clean loss of the last ``history`` batches is below
-    ``threshold``. The two passes have BatchNorm statistics of their own. ``poison_rate`` is that of
-    the snapshot that a defender may be granted.
+    ``threshold``. Each pass is normalised by its own batch; the running statistics of BatchNorm are
+    those of the clean pass alone (official: of both in turn, the clean one last). ``poison_rate``
+    is that of the snapshot that a defender may be granted.
 
     Args:
         share: of a batch, images that are used triggered as well (``poisoning_proportion``).
@@ -81,7 +83,7 @@ class Blind(Attack):
         part = slice(max(1, round(self.share * len(x))))
         with torch.no_grad():
             triggered = self.apply(x[part], y=y[part], index=y[part])
-        backdoor = F.cross_entropy(network(triggered), self.rule.goal(y[part]))
+        backdoor = F.cross_entropy(frozen_statistics(network, triggered), self.rule.goal(y[part]))
         weights = [p for p in network.parameters() if p.requires_grad]
         first, second = (
             normalized(torch.autograd.grad(loss, weights, retain_graph=True), loss.detach())
@@ -107,7 +109,7 @@ def normalized(gradients: tuple[Tensor, ...], loss: Tensor) -> Tensor:
 
 
 def balance(first: Tensor, second: Tensor) -> Tensor:
-    """The c in [0.001, 0.999] that makes |c first + (1 - c) second| smallest (MGDA of two tasks)."""
+    """The c in [0.001, 0.999] that makes |c first + (1 - c) second| smallest (MGDA)."""
     apart = first - second
     share: Tensor = (second @ -apart / (apart @ apart).clamp_min(1e-12)).clamp(0.001, 0.999)
     return share

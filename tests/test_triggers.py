@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import copy
 import math
 
 import pytest
@@ -625,6 +626,13 @@ def test_blind_waits_and_then_balances(compose_config) -> None:
     triggered = F.cross_entropy(network(attack.apply(x, y=y, index=y)), torch.zeros_like(y))
     both = attack.loss(network, x, y, codes)
     assert min(clean, triggered) < both < max(clean, triggered)
+    twin = copy.deepcopy(network).train()
+    twin(x)
+    attack.loss(network.train(), x, y, codes)
+    for ours, theirs in zip(network.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg="statistics are those of the clean pass")
+    network.eval()
+    clean = F.cross_entropy(network(x), y)
     attack.recent.fill_(1000)
     torch.testing.assert_close(attack.loss(network, x, y, codes), clean)
 
