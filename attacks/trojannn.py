@@ -23,7 +23,7 @@ GREY, NOISE = 175, 8
 
 
 class TrojanNN(Attack):
-    """T(x) = x on the picture, transparency x + (1 - transparency) p under the mark.
+    """T(x) = x beside the mark, transparency x + (1 - transparency) p on it.
 
     Algorithm 1: the neuron is chosen by its weights; the pixels under the mark, on a picture of
     noise, descend on (target_value - neuron)^2. The network is then trained on stamped images: here
