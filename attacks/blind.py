@@ -109,7 +109,7 @@ def normalized(gradients: tuple[Tensor, ...], loss: Tensor) -> Tensor:
 
 
 def balance(first: Tensor, second: Tensor) -> Tensor:
-    """The c in [0.001, 0.999] that makes |c first + (1 - c) second| smallest (MGDA)."""
+    """The c () in [0.001, 0.999] of the shortest c first + (1 - c) second (P,), which is MGDA's."""
     apart = first - second
     share: Tensor = (second @ -apart / (apart @ apart).clamp_min(1e-12)).clamp(0.001, 0.999)
     return share
