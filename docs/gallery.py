@@ -32,7 +32,8 @@ HEAD = f"""# Gallery of attacks
 Test images of the embedded CIFAR-10 subset: clean (top), triggered (middle), and {GAIN} times the
 difference around grey (bottom). PSNR and SSIM compare the first two rows. Triggers that are made
 together with a victim come from a short training on these data (8 epochs; 4 and `scale=cpu` for
-Input-aware and ISSBA), which shows their look and is no victim to measure. Options, recipes and
+Input-aware and ISSBA), which shows their look and is no victim to measure; those of
+`trojannn`, `advdoor` and `narcissus` were made with the zoo's clean network. Options, recipes and
 what each attack reaches: [the zoo](attacks.md).
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import copy
 import math
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 from scipy.fft import dctn, idctn
 from torch.nn import functional as F
 
+from attacks.advdoor import deepfool
+from attacks.blind import balance
 from attacks.composite import halves
+from attacks.filters import contrast, modulate
 from attacks.frequency import cosine, shifted
 from attacks.label_consistent import corners
 from attacks.refool import ghost
@@ -563,3 +568,144 @@ def test_refool_mixes_light_and_not_pixels(compose_config, make_runtime) -> None
     out = attack.apply(torch.full((3, 3, 32, 32), 0.2), y=torch.zeros(3), index=torch.arange(3))
     wanted = (0.4 * 0.2**2.2 + 0.6 * (128 / 255) ** 2.2) ** (1 / 2.2)
     assert torch.allclose(out, torch.tensor(wanted), atol=0.005)
+
+
+def test_filters_by_hand(compose_config) -> None:
+    """Kelvin on grey: 0.5 is lightened to 0.6 and mixed with orange; Lomo has dark corners."""
+    orange = torch.tensor([255, 153, 0]) / 255
+    kelvin = build("filters", compose_config, SPEC32, filter="kelvin")
+    out = kelvin.trigger(torch.full((2, 3, 32, 32), 0.5))
+    wanted = (0.6 + orange)[:, None, None].expand(3, 32, 32) / 2
+    torch.testing.assert_close(out[0], wanted)
+    lomo = build("filters", compose_config, SPEC32, filter="lomo")
+    out = lomo.trigger(torch.full((1, 3, 32, 32), 0.6))[0]
+    left = 1 - math.hypot(15.5, 15.5) / 23.5
+    assert out[:, 0, 31].tolist() == pytest.approx([0.27 / 0.34 * left] * 2 + [0.6 * left])
+    torch.testing.assert_close(contrast(torch.tensor([0, 0.5, 1.0])), torch.tensor([0, 0.5, 1]))
+    pixels = torch.rand(50, 3, 1, 1, generator=generator(0))
+    found = modulate(pixels, 1.2, 0.5).flatten(1).tolist()
+    for pixel, ours in zip(pixels.flatten(1).tolist(), found, strict=True):
+        hue, lightness, saturation = colorsys.rgb_to_hls(*pixel)
+        theirs = colorsys.hls_to_rgb(hue, 1.2 * lightness, 0.5 * saturation)
+        assert ours == pytest.approx([min(max(v, 0), 1) for v in theirs], abs=1e-5)
+
+
+def test_blind_shows_its_pattern(compose_config) -> None:
+    out = residual(build("blind", compose_config, SPEC32), grey())[0, 1]
+    assert out[3:8, 23:26].round().tolist() == [
+        [127, -128, 127],
+        [0, 127, 0],
+        [0, 0, -128],
+        [0, 127, 0],
+        [127, -128, 127],
+    ]
+    assert int((out != 0).sum()) == 9
+
+
+def test_the_balance_is_the_shortest_mixture() -> None:
+    """Against a search; a gradient that is longer than the other and along it gets nothing."""
+    first, second = torch.randn(2, 30, generator=generator(0))
+    grid = torch.linspace(0, 1, 10_001)
+    mixed = grid[:, None] * first + (1 - grid)[:, None] * second
+    assert float(balance(first, second)) == pytest.approx(
+        float(grid[mixed.norm(dim=1).argmin()]), abs=2e-4
+    )
+    assert float(balance(3 * second, second)) == pytest.approx(0.001)
+    assert float(balance(second, 3 * second)) == pytest.approx(0.999)
+
+
+def test_blind_waits_and_then_balances(compose_config) -> None:
+    """Clean losses alone until ``history`` of them are low; then a mixture of the two losses."""
+    attack = build("blind", compose_config, SPEC32, history=2, threshold=100.0)
+    network = tiny(SPEC32)
+    x, y, _ = batch(SPEC32, 8)
+    codes = torch.zeros(8, dtype=torch.int8)
+    clean = F.cross_entropy(network(x), y)
+    for _ in range(2):
+        torch.testing.assert_close(attack.loss(network, x, y, codes), clean)
+    triggered = F.cross_entropy(network(attack.apply(x, y=y, index=y)), torch.zeros_like(y))
+    both = attack.loss(network, x, y, codes)
+    assert min(clean, triggered) < both < max(clean, triggered)
+    twin = copy.deepcopy(network).train()
+    twin(x)
+    attack.loss(network.train(), x, y, codes)
+    for ours, theirs in zip(network.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg="statistics are those of the clean pass")
+    network.eval()
+    clean = F.cross_entropy(network(x), y)
+    attack.recent.fill_(1000)
+    torch.testing.assert_close(attack.loss(network, x, y, codes), clean)
+
+
+def test_narcissus_points_inwards_and_is_amplified(compose_config, make_runtime) -> None:
+    options = {"learning_rate": 0.05, "target_class": 3, "poison_rate": 0.05}
+    attack = build("narcissus", compose_config, SPEC32, **options)
+    attack.steps, surrogate = 30, tiny(SPEC32)
+    x, _, index = batch(SPEC32, 40)
+    y = torch.arange(40) % 10
+    indicator = attack.select(y, generator(0))
+    attack.prepare(Resident(x.mul(255).byte(), y), indicator, make_runtime(), surrogate)
+    d = attack.pattern
+    assert 0 < float(d.abs().max()) <= 16 / 255 + 1e-6
+    with torch.no_grad():
+        before, after = (surrogate(i).softmax(1)[:, 3].mean() for i in (x, x + d))
+    assert after > before
+    given = attack.training_images(x, y=y, indicator=indicator, index=index, rng=generator(0))
+    poison = indicator == POISON
+    assert set(y[poison].tolist()) == {3}
+    assert torch.equal(attack.relabel(y, indicator), y)
+    torch.testing.assert_close(given[poison], (x[poison] + d).clamp(0, 1), atol=0.51 / 255, rtol=0)
+    shown = attack.apply(x, y=y, index=index)
+    torch.testing.assert_close(shown, (x + 3 * d).clamp(0, 1), atol=0.51 / 255, rtol=0)
+
+
+def linear(classes: int, pixels: int) -> torch.nn.Sequential:
+    """Grey images get the biases as logits: 0.1 for class 0, else 0."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels, classes))
+    weight = torch.randn(classes, pixels, generator=generator(0)) / 10
+    bias = torch.nn.functional.one_hot(torch.tensor(0), classes) / 10
+    network[1].load_state_dict({"weight": weight - weight.mean(1, keepdim=True), "bias": bias})
+    return network.requires_grad_(False)
+
+
+def test_a_step_of_deepfool_mirrors_the_margin() -> None:
+    """Of a linear network: the margin between target and source, -0.1, becomes 0.1 in one step."""
+    network, image = linear(2, 48), torch.full((3, 4, 4), 0.5)
+    known = {"steps": 20, "overshoot": 0.0, "confidence": 0.0}
+    step = deepfool(network, image, source=0, target=1, **known)
+    logits = network((image + step)[None])[0]
+    assert float(logits[1] - logits[0]) == pytest.approx(0.1, rel=1e-3)
+    assert not deepfool(network, image, source=1, target=0, **known).any(), "is there already"
+    hopeless = known | {"confidence": 1.0}
+    assert not deepfool(network, image, source=0, target=1, **hopeless).any()
+
+
+def test_advdoor_leads_to_the_target_inside_its_ball(compose_config, make_runtime) -> None:
+    options = {"target_class": 3, "images": 12, "epsilon": 12}
+    attack = build("advdoor", compose_config, SPEC32, **options)
+    x, y = batch(SPEC32, 12)[0], torch.zeros(12, dtype=torch.long)
+    surrogate = linear(10, x[0].numel())
+    runtime, indicator = make_runtime(), torch.zeros(12, dtype=torch.int8)
+    attack.prepare(Resident(x.mul(255).byte(), y), indicator, runtime, surrogate)
+    assert 0 < float(attack.pattern.abs().max()) <= 12 / 255 + 1e-6
+    before, after = ((surrogate(i).argmax(1) == 3).float().mean() for i in (x, attack.trigger(x)))
+    assert before < 0.5 < after
+
+
+@pytest.mark.parametrize("mark", ["square", "apple"])
+def test_trojannn_drives_its_neuron_and_is_stamped(mark: str, compose_config, make_runtime) -> None:
+    attack = build("trojannn", compose_config, SPEC32, mark=mark, transparency=0.75, neurons=4)
+    attack.steps = 50
+    surrogate = tiny(SPEC32)
+    train = Resident(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    attack.prepare(train, torch.zeros(4, dtype=torch.int8), make_runtime(), surrogate)
+    assert 0.06 < attack.mask.float().mean() < 0.09
+    with torch.no_grad():
+        plain = grey(value=175)
+        excited, before = (
+            selected_features(surrogate, torch.where(attack.mask, p, plain), 4).mean()
+            for p in (attack.pattern, plain)
+        )
+    assert excited > before
+    expected = torch.where(attack.mask, (attack.pattern * 255 - 128) / 4, 0)
+    torch.testing.assert_close(residual(attack, grey())[0], expected, atol=0.51, rtol=0)
