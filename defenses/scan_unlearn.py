@@ -16,7 +16,7 @@ from dhbe.core.types import Batch, DataSpec
 from dhbe.data import DefenderData, Resident
 from dhbe.game.imagined import Imagination
 from dhbe.methods.inversion import Kind, Mixture
-from dhbe.methods.losses import denial, disagreement
+from dhbe.methods.losses import denial, disagreement, divergence_beside
 from dhbe.methods.procedural import procedural
 from dhbe.methods.scan import Scan
 from dhbe.models import Normalized
@@ -29,13 +29,16 @@ class ScanUnlearn(Defense):
 
     Imagine images of every class; for each class and kind of trigger seek one that makes those of
     all other classes this class (``Scan``). If the score of one reaches ``threshold``, the
-    student S, a copy of the suspect T, minimises L1(S(x), T(x)) - w log(1 - p(t | x')), where p is
-    S's probability of the target t and x' carries triggers of the families in which t reaches the
-    threshold; they climb the second term as it learns. The weights then go ``share`` of the way
-    from T to S. Else the suspect is returned as it is.
+    student S, a copy of the suspect T, minimises
 
-    The student may say any class but the target of x': copying all of T(x) there cost accuracy
-    and left faint triggers. With batch statistics the trigger stayed.
+        L1(S(x), T(x)) - weight log(1 - S_t(x')) + restore KL(T(x) || S(x') beside t)
+
+    where t is the target and x' carries triggers of the families in which t reaches the threshold;
+    they climb the last two terms as it learns. The weights then go ``share`` of the way from T to
+    S. Else the suspect is returned as it is.
+
+    Copying all of T(x) on x' cost accuracy and left faint triggers; without the last term x' left
+    the target for any other class. With batch statistics the trigger stayed.
 
     Args:
         threshold: of ``Evidence.score``.
@@ -43,7 +46,7 @@ class ScanUnlearn(Defense):
         copies: triggers per kind and variant; they climb ``head_start`` steps before the
             student's first one.
         pace: their step, as a share of the range of values.
-        weight: w.
+        weight, restore: of the terms that deny the target and restore the other classes' order.
         share: of the student's change that is kept, in (0, 1].
     """
 
@@ -58,13 +61,15 @@ class ScanUnlearn(Defense):
         head_start: Annotated[int, Ge(0)],
         pace: Annotated[float, Gt(0)],
         weight: Annotated[float, Ge(0)],
+        restore: Annotated[float, Ge(0)],
         share: Annotated[float, Gt(0), Le(1)],
         schedule: AdamSchedule,
     ) -> None:
         self.imagination, self.scan = imagination, scan
         self.threshold, self.idle = threshold, not erase
         self.copies, self.head_start = copies, head_start
-        self.pace, self.weight, self.share = pace, weight, share
+        self.pace, self.share = pace, share
+        self.weight, self.restore = weight, restore
         self.schedule = schedule
 
     def fits(self, spec: DataSpec) -> None:
@@ -121,8 +126,11 @@ class ScanUnlearn(Defense):
             copied, moved = student(torch.cat([x, triggers(x, batch.rng)])).chunk(2)
             of_others = wanted.argmax(dim=1) != target
             of_target = torch.full((len(x),), target, device=x.device)
-            unsaid: Tensor = (denial(moved.float(), of_target) * of_others).mean()
-            return disagreement(copied, wanted) + self.weight * unsaid
+            unsaid = denial(moved.float(), of_target)
+            again = divergence_beside(moved.float(), wanted.float(), target)
+            of_triggered = self.weight * unsaid + self.restore * again
+            total: Tensor = disagreement(copied, wanted) + (of_triggered * of_others).mean()
+            return total
 
         network.requires_grad_(True)
         runtime.train(

@@ -21,7 +21,7 @@ from dhbe.core.errors import ConfigError
 from dhbe.core.rng import generator
 from dhbe.data import Budget, DefenderData, Resident, TrainingBatches, even
 from dhbe.methods.adversarial import universal
-from dhbe.methods.losses import denial
+from dhbe.methods.losses import denial, divergence_beside
 from dhbe.methods.masks import attach, batch_norms, clamp, fold, prune
 from dhbe.methods.rectangles import Stagnation, rectangles
 from dhbe.methods.selection import accuracy, choose
@@ -71,6 +71,17 @@ def test_the_denial_of_a_certain_class_keeps_its_gradient() -> None:
     assert denied[1].item() == pytest.approx(60 - math.log(2))
     assert logits.grad is not None
     assert logits.grad[1].tolist() == pytest.approx([1.0, -0.5, -0.5])
+
+
+def test_divergence_beside_the_target_is_of_the_other_classes_alone() -> None:
+    wanted = torch.tensor([[0.0, 5.0, 1.0]]).log_softmax(1)
+    assert divergence_beside(wanted + torch.tensor([[9.0, 2.0, 2.0]]), wanted, 0).item() == (
+        pytest.approx(0, abs=1e-6)
+    )
+    p = torch.tensor([4.0, 0.0]).softmax(0)  # of classes 1 and 2
+    expected = (p * (p / 0.5).log()).sum().item()
+    found = divergence_beside(torch.tensor([[7.0, 3.0, 3.0]]), wanted, 0)
+    assert found.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_prune_zeroes_gamma_at_or_below_the_threshold() -> None:

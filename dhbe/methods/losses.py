@@ -105,6 +105,18 @@ def contrastive(logits: Tensor, y: Tensor, among: Tensor) -> Tensor:
     return (term * both).sum() / both.sum().clamp_min(1).square()
 
 
+def divergence_beside(logits: Tensor, wanted: Tensor, target: int) -> Tensor:
+    """KL(wanted || logits) in nats (B,) among the classes other than ``target``, of (B, K) each.
+
+    Probabilities are those given that the answer is not the target class.
+    """
+    found, expected = (
+        torch.cat([v[:, :target], v[:, target + 1 :]], dim=1).log_softmax(dim=1)
+        for v in (logits, wanted)
+    )
+    return F.kl_div(found, expected, reduction="none", log_target=True).sum(dim=1)
+
+
 def denial(logits: Tensor, classes: Tensor) -> Tensor:
     """-log(1 - p) (B,), p the probabilities of ``classes`` (B,) by logits (B, K).
 
