@@ -105,8 +105,8 @@ class Blind(Attack):
 def normalized(gradients: tuple[Tensor, ...], loss: Tensor) -> Tensor:
     """Gradients in one vector (P,) over min(loss x norm, 10) (``loss+`` of the official code)."""
     flat = torch.cat([g.flatten() for g in gradients])
-    scaled: Tensor = flat / ((loss * flat.norm()).clamp_max(10) + 1e-5)
-    return scaled
+    bound: Tensor = (loss * flat.norm()).clamp_max(10)
+    return flat / (bound + 1e-5)
 
 
 def balance(first: Tensor, second: Tensor) -> Tensor:
