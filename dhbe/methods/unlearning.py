@@ -124,7 +124,7 @@ class Last(nn.Module):
     def add(self, accuracy: Tensor) -> None:
         """Take the accuracy () of one more batch into the mean."""
         self.batches += 1
-        mean = accuracy if self.batches == 1 else self.accuracy
+        mean = torch.where(self.batches == 1, accuracy, self.accuracy)
         self.accuracy = mean + (accuracy - mean) / self.batches
 
 
