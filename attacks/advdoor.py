@@ -86,6 +86,8 @@ class AdvDoor(Attack):
             log.info("advdoor: %.1f %% of %d images are fooled", 100 * share, len(x))
             if share >= self.fooled:
                 break
+        if not v.any():
+            log.warning("attack=advdoor found no perturbation: its trigger changes nothing")
         self.pattern.copy_(v)
 
     def trigger(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -117,5 +118,5 @@ class SAU(Defense):
 def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats (B,) of the predictions by logits a and b, (B, K)."""
     p, q = a.log_softmax(1), b.log_softmax(1)
-    mean = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+    mean = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - mean) + q.exp() * (q - mean)).sum(1)

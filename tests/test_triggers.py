@@ -680,6 +680,16 @@ def test_a_step_of_deepfool_mirrors_the_margin() -> None:
     assert not deepfool(network, image, source=0, target=1, **hopeless).any()
 
 
+def test_advdoor_says_when_it_finds_nothing(compose_config, make_runtime, caplog) -> None:
+    attack = build("advdoor", compose_config, SPEC32, deepfool_steps=2)
+    x, y, _ = batch(SPEC32, 4)
+    surrogate = linear(10, x[0].numel())
+    codes = torch.zeros(4, dtype=torch.int8)
+    attack.prepare(Resident(x.mul(255).byte(), y), codes, make_runtime(), surrogate)
+    assert not attack.pattern.any()
+    assert "found no perturbation" in caplog.text
+
+
 def test_advdoor_leads_to_the_target_inside_its_ball(compose_config, make_runtime) -> None:
     options = {"target_class": 3, "images": 12, "epsilon": 12}
     attack = build("advdoor", compose_config, SPEC32, **options)

@@ -35,7 +35,7 @@ def unlearn(
     recovered says little (RNP is known to be sensitive to it).
 
     Args:
-        clip: bound of the gradient's norm over all weights.
+        clip: bound of the gradient's norm over all weights; None: none.
     """
     reached = train_until(
         network,
