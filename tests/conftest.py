@@ -32,6 +32,16 @@ def tiered(values: Iterable[Any], quick: Callable[[Any], object]) -> list[Any]:
     return [pytest.param(v, marks=() if quick(v) else pytest.mark.long) for v in values]
 
 
+def sampled(values: Iterable[Any], every: int) -> list[Any]:
+    """The same, of which each ``every``-th is quick, from the first on; tuples are unpacked."""
+    return [
+        pytest.param(
+            *(v if isinstance(v, tuple) else (v,)), marks=() if i % every == 0 else pytest.mark.long
+        )
+        for i, v in enumerate(values)
+    ]
+
+
 def each_class(group: str) -> list[Any]:
     """All configs of a group, of which only those that name a class are quick: one of each."""
     return tiered(names(group), lambda n: "\n_target_:" in (CONF / group / f"{n}.yaml").read_text())

@@ -64,6 +64,7 @@ def traced(compile: Callable, call: Callable, *, mode: str, **options) -> Callab
     return compile(call, backend="aot_eager", **options)
 
 
+@pytest.mark.long
 def test_compiling_for_real_is_rounding() -> None:
     """Inductor's code, within 1e-10 of eager in double, BatchNorm statistics included."""
     torch.manual_seed(0)
@@ -81,6 +82,7 @@ def test_compiling_for_real_is_rounding() -> None:
         torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.long
 def test_no_compiler_means_eager_and_one_warning(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
@@ -96,6 +98,7 @@ def test_no_compiler_means_eager_and_one_warning(caplog, monkeypatch: pytest.Mon
     assert_same(network, expected, 0)
 
 
+@pytest.mark.long
 def test_batches_of_ever_new_sizes_end_uncompiled(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceleration, "GRAPHS", 2)
     monkeypatch.setattr(torch, "compile", partial(traced, torch.compile))

@@ -30,6 +30,7 @@ def test_victim_epochs_take_turns(
     assert "(medians of 1 epochs)" in out
 
 
+@pytest.mark.long
 def test_the_evaluating_way_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

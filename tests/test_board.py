@@ -198,6 +198,7 @@ def test_a_share_is_drawn_by_its_seed(tmp_path: Path) -> None:
         drawn(tmp_path, 1.5, 0)
 
 
+@pytest.mark.long
 def test_a_cell_is_measured_again_from_its_file(tmp_path: Path, compose_config, capsys) -> None:
     tiny = ("data.limit=60", "data.train_size=7600", "model.widths=[16]", "victim.epochs=1")
     cfg = compose_config(*tiny, "defense=clp", "trainer.threads=1", "trainer.device=cpu")

@@ -103,6 +103,7 @@ def test_a_sweep_shares_victims_and_names_cells(finished: Path) -> None:
     assert none["purified"] == none["victim"]
 
 
+@pytest.mark.long
 def test_own_checkpoint_without_and_with_data(finished: Path) -> None:
     file = finished / "one" / "purified.safetensors"
     probe = ("probe.images=12", "probe.steps=2", "probe.width=4")
@@ -119,6 +120,7 @@ def test_own_checkpoint_without_and_with_data(finished: Path) -> None:
     assert (finished / "blind" / "purified.safetensors").exists()
 
 
+@pytest.mark.long
 def test_clean_training_measures_accuracy_alone(finished: Path) -> None:
     done = run(finished, *TINY, "attack=none", "defense=none", "hydra.run.dir=clean")
     assert done.returncode == 0, done.stderr
@@ -180,6 +182,7 @@ def test_the_embedded_quickstart_defaults() -> None:
         assert line in done.stdout
 
 
+@pytest.mark.long
 def test_a_detector_says_what_it_suspects_and_the_page_what_is_true(finished: Path) -> None:
     options = ("defense=ulrl", "defense.outlier=0.1", "budget=pct5", "defense.most=2")
     done = run(finished, *TINY, *options, "hydra.run.dir=detector")

@@ -20,7 +20,6 @@ from dhbe.report.folder import si, speeds, work
 from dhbe.training.runtime import Runtime
 from dhbe.training.supervised import Loss, Supervised, cross_entropy
 from dhbe.training.work import Counting
-from tests.conftest import tiered
 from tests.support.fixtures import make_spec, small
 from tests.support.game import CPU, make_game, players
 from tests.support.victim import StopAfter, schedule
@@ -127,7 +126,8 @@ def test_a_resumed_training_counts_like_a_whole_one(
         assert runtime.work_total.work.flops == 6 * BATCHES * step(images), attempt
 
 
-@pytest.mark.parametrize("precision", tiered(["32-true", "bf16-mixed"], "32-true".__eq__))
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_counting_changes_no_number(
     precision: str, images: Resident, make_runtime: MakeRuntime
 ) -> None:
@@ -146,6 +146,7 @@ def test_counting_changes_no_number(
             assert torch.equal(value, theirs[key]), key
 
 
+@pytest.mark.long
 def test_an_iteration_of_the_game_by_hand(make_runtime: MakeRuntime) -> None:
     """42 passes of the network, student 5 x 7, G 4, P 3, and those of the two generators."""
     network, generator, trigger = players(torch.float32)
@@ -184,6 +185,7 @@ def test_figures_of_the_report() -> None:
     assert work(metrics, "defense") == work({}, "victim") == "–"
 
 
+@pytest.mark.long
 def test_the_benchmark_scales_to_what_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of 8 by those of 2 and 4; 100 epochs of fine-tuning by a few dozen small steps."""
     monkeypatch.setattr("dhbe.training.resuming.LastEpoch.on_train_epoch_end", lambda *_: None)

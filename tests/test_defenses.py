@@ -26,7 +26,7 @@ from dhbe.models.preact import PreActBlock, PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import resnet
 from dhbe.training.recorder import Recorder
 from dhbe.training.schedule import Cosine, SGDSchedule
-from tests.conftest import CONF, ROOT, each_class
+from tests.conftest import CONF, ROOT, each_class, names, sampled, tiered
 from tests.support.defenses import (
     DEFENSES,
     build,
@@ -139,7 +139,7 @@ FILES = sorted(p.stem for p in (ROOT / "defenses").glob("[a-z]*.py"))
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, marks=() if (i + j) % len(KINDS) == 0 else pytest.mark.long)
+        pytest.param(name, kind, marks=() if (i + 8 * j) % 24 == 0 else pytest.mark.long)
         for i, name in enumerate(FILES)
         for j, kind in enumerate(KINDS)
     ],
@@ -165,7 +165,7 @@ def test_every_method_takes_every_kind_of_network(
     assert changed or (told and (seeks or not trains)), "may find nothing to prune or no trigger"
 
 
-@pytest.mark.parametrize("name", each_class("defense"))
+@pytest.mark.parametrize("name", sampled(names("defense"), 6))
 def test_nan_weights_are_refused(name: str, compose_config, images, make_runtime) -> None:
     victim = suspect()
     next(victim.network.parameters()).data[0] = float("nan")
@@ -290,15 +290,22 @@ def test_clp_prunes_the_channel_that_stands_out(make_runtime) -> None:
     assert (norm.weight == 0).sum() == 1
 
 
+LARGE = {"classes": 4, "channels": 3, "image_size": 32}
+
+
 @pytest.mark.parametrize(
     ("make", "pairs"),
     [
-        (partial(resnet, depth=18, stem="cifar", classes=4, channels=3, image_size=32), 20),
-        (partial(PreActResNet18, classes=4, channels=3, image_size=32), 9),
-        (partial(WideResNet, depth=16, widen=1, classes=4, channels=3, image_size=32), 7),
-        (partial(vgg19_bn, classes=4, channels=3, image_size=32), 16),
+        pytest.param(partial(WideResNet, depth=16, widen=1, **LARGE), 7, id="wrn_16_1"),
+        pytest.param(partial(PreActResNet18, **LARGE), 9, id="preact_resnet18"),
+        *(
+            pytest.param(make, pairs, id=name, marks=pytest.mark.long)
+            for name, make, pairs in (
+                ("resnet18", partial(resnet, depth=18, stem="cifar", **LARGE), 20),
+                ("vgg19_bn", partial(vgg19_bn, **LARGE), 16),
+            )
+        ),
     ],
-    ids=["resnet18", "preact_resnet18", "wrn_16_1", "vgg19_bn"],
 )
 def test_pairs_follow_the_data(make: Callable[[], nn.Module], pairs: int) -> None:
     """A convolution and the BatchNorm behind it, never one behind a sum.
@@ -389,7 +396,7 @@ class Dying(Recorder):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("name", ["dhbe", "dfad"])
+@pytest.mark.parametrize("name", tiered(["dhbe", "dfad"], "dhbe".__eq__))
 def test_killed_game_resumes_to_the_same_student(
     name: str, compose_config, make_runtime, tmp_path: Path
 ) -> None:

@@ -68,8 +68,11 @@ def stop_in_training(folder: Path, number: signal.Signals) -> tuple[int | None, 
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
-    ids=["SIGINT", "SIGTERM", "SIGKILL"],
+    [
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, -9, id="SIGKILL", marks=pytest.mark.long),
+    ],
 )
 def test_a_stopped_run_can_be_continued(tmp_path: Path, number, status: int) -> None:
     code, said = stop_in_training(tmp_path, number)
@@ -120,6 +123,7 @@ def small_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
 
 
+@pytest.mark.long
 def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
     """A batch that needs ten times the memory."""
     large = ("model.widths=[512,512]", "victim.batch_size=6840", "data.limit=0")
@@ -130,6 +134,7 @@ def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_folder_deleted_during_the_run_comes_back(tmp_path: Path) -> None:
     process = in_training(tmp_path)
     for folder in (".out.partial", "out", "victims"):
@@ -140,6 +145,7 @@ def test_a_folder_deleted_during_the_run_comes_back(tmp_path: Path) -> None:
     assert len(list((tmp_path / "victims").glob("[!.]*/victim.safetensors"))) == 1
 
 
+@pytest.mark.long
 def test_two_processes_make_one_victim(tmp_path: Path) -> None:
     first = in_training(tmp_path)
     second = started(tmp_path, *LONG[:-2], "defense=none", "hydra.run.dir=second")

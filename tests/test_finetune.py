@@ -24,7 +24,7 @@ from dhbe.report.collect import collect
 from dhbe.training.schedule import Linear, SGDSchedule
 from dhbe.victim.finetune import FinetunedVictim
 from dhbe.victim.source import VictimRequest, no_attack
-from tests.conftest import each_class
+from tests.conftest import names, sampled
 from tests.support.attacks import build, tiny
 from tests.support.fixtures import make_spec, small
 
@@ -120,7 +120,7 @@ def test_attackers_look_into_the_given_network(given: Path, request_for) -> None
     assert not any(p.requires_grad for p in surrogate.parameters())
 
 
-@pytest.mark.parametrize("name", each_class("attack"))
+@pytest.mark.parametrize("name", sampled(names("attack"), 7))
 def test_every_attack_is_planted(name: str, given: Path, request_for, compose_config) -> None:
     attack = build(name, compose_config, make_spec())
     weights = torch.load(given, weights_only=True)
@@ -190,6 +190,7 @@ def test_a_run_from_the_file_to_the_report(tmp_path: Path, compose_config) -> No
     assert table["case"].nunique() == 1
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_nearly_the_data_sets_normalisation_is_told_apart(tmp_path: Path, compose_config) -> None:
     """ImageNet's statistics and CIFAR-10's are close; a network that saw many images knows."""

@@ -34,11 +34,11 @@ def slow() -> float:
     return 20 * (time.process_time() - start)
 
 
-@pytest.mark.parametrize("part", tiered([3, 1], lambda part: part > 1))
+@pytest.mark.parametrize("part", tiered([12, 1], lambda part: part > 1))
 def test_hostile_and_broken_files_are_refused_and_never_run(
     tmp_path: Path, slow: float, part: int
 ) -> None:
-    """One file in three, or all."""
+    """One file in twelve, or all."""
     assert len(FILES) >= 30
     chosen = dict(list(FILES.items())[::part])
     found = verdicts(tmp_path, chosen)
@@ -87,6 +87,7 @@ def test_nothing_of_a_hostile_file_reaches_who_trusts_ours(tmp_path: Path, slow:
         assert polyglot in written
 
 
+@pytest.mark.long
 def test_the_generated_payloads_are_real(tmp_path: Path) -> None:
     """A reader that trusts the inputs runs what lies at each of these places."""
     (tmp_path / f"{EVIL}.py").write_text(EVIL_CODE)

@@ -30,7 +30,7 @@ from dhbe.sweeping.failures import PLANS, SUFFIX, failure_file, record_lost_jobs
 from dhbe.sweeping.plan import Plan, summarize
 from dhbe.sweeping.status import Names, left, newest, state, view
 from dhbe.sweeping.workers import take_slot
-from tests.conftest import CONF, ROOT, names, tiered
+from tests.conftest import CONF, ROOT, names
 from tests.support.commands import Command, called
 from tests.support.launch import CELL, job
 
@@ -238,6 +238,7 @@ MEETING = ("hydra.sweep.subdir=${hydra.job.num}",)
 """The first cell of every sweep into these results has folder 0."""
 
 
+@pytest.mark.long
 def test_a_cell_refused_because_its_folder_is_anothers_has_failed(
     swept: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ def test_a_sweep_that_cannot_write_its_plan_ends(swept: tuple[Path, Any], tmp_pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_another_folder_for_the_job_moves_no_paths(swept: tuple[Path, Any], tmp_path: Path) -> None:
     """Relative paths are those of the caller: the victim of before is found."""
     shutil.copytree(swept[0] / "victims", tmp_path / "victims")
@@ -409,7 +411,8 @@ def test_a_killed_worker_and_what_failed_before_it_are_told(tmp_path: Path) -> N
     assert len(list(results.glob(".*.failed.json"))) == 1
 
 
-@pytest.mark.parametrize("launcher", tiered(["basic", "joblib"], "basic".__eq__))
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_two_sweeps_at_once_compute_each_cell_once(tmp_path: Path, launcher: str) -> None:
     cells = [*TINY, "victim.learning_rate=0.05,0.1,0.15", *places(tmp_path)]
     options = []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dhbe.core.locks import exclusive, held
+from tests.conftest import tiered
 
 WORKER = """
 import sys, time, fcntl
@@ -33,7 +34,7 @@ def worker(path: Path, kernel: str, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("kernel", ["flock", "nolock"])
+@pytest.mark.parametrize("kernel", tiered(["nolock", "flock"], "nolock".__eq__))
 def test_workers_take_turns(tmp_path: Path, kernel: str) -> None:
     workers = [worker(tmp_path / "abc", kernel, 0.3) for _ in range(4)]
     told = [w.communicate()[1] for w in workers]
@@ -58,6 +59,7 @@ def test_a_killed_worker_holds_nothing(tmp_path: Path, kernel: str) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.long
 def test_the_claim_of_another_machine_counts_until_it_is_renewed_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,6 +33,7 @@ from dhbe.models.normalized import fresh
 from dhbe.models.other import vgg19_bn
 from dhbe.models.preact import PreActResNet18, WideResNet
 from dhbe.models.resnet import resnet
+from tests.conftest import sampled
 from tests.support.attacks import tiny
 from tests.support.defenses import batch, build, granted, self_labelled
 from tests.support.fixtures import make_spec
@@ -133,12 +134,15 @@ def test_passes_with_frozen_statistics_leave_them_and_carry_gradients() -> None:
 
 @pytest.mark.parametrize(
     ("make", "count"),
-    [
-        (partial(WideResNet, depth=16, widen=1, classes=10, channels=3, image_size=32), 3),
-        (partial(resnet, depth=18, stem="cifar", classes=10, channels=3, image_size=32), 4),
-        (partial(PreActResNet18, classes=10, channels=3, image_size=32), 4),
-        (partial(vgg19_bn, classes=10, channels=3, image_size=32), 4),
-    ],
+    sampled(
+        [
+            (partial(WideResNet, depth=16, widen=1, classes=10, channels=3, image_size=32), 3),
+            (partial(resnet, depth=18, stem="cifar", classes=10, channels=3, image_size=32), 4),
+            (partial(PreActResNet18, classes=10, channels=3, image_size=32), 4),
+            (partial(vgg19_bn, classes=10, channels=3, image_size=32), 4),
+        ],
+        4,
+    ),
     ids=["wrn", "resnet18", "preact", "vgg"],
 )
 def test_stages_go_from_fine_to_coarse(make: Callable[[], nn.Module], count: int) -> None:

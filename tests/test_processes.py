@@ -155,6 +155,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(folder / "one"), *two
 
 
+@pytest.mark.long
 def test_two_processes_follow_one(both: Any) -> None:
     (one, student), (two, other), _ = both
     assert len(one) == 4
@@ -166,6 +167,7 @@ def test_two_processes_follow_one(both: Any) -> None:
         torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 def test_all_processes_end_alike(both: Any) -> None:
     _, (_, first), (_, second) = both
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -108,6 +108,7 @@ def test_one_command_without_data(given: Path) -> None:
     assert any((new["state_dict"][k] != v).any() for k, v in old["state_dict"].items())
 
 
+@pytest.mark.long
 def test_with_a_users_images(given: Path) -> None:
     """Few-sample defense, accuracy before and after, and a suspected trigger."""
     folders = (f"data.clean={given}/images", f"data.test={given}/images", "data.image_size=32")
@@ -126,6 +127,7 @@ def test_with_a_users_images(given: Path) -> None:
     assert re.search(r"the trigger moves \d+ of 20 images to another class", " ".join(m["notes"]))
 
 
+@pytest.mark.long
 def test_a_suppressed_shortcut_is_one_of_weights(given: Path) -> None:
     """The user's own class, with both its shortcuts, loads the network that SSFT measured."""
     options = {"image_size": 32, "classes": 5, "overrides": ["defense.schedule.epochs=1", *PROBE]}
@@ -202,6 +204,7 @@ def test_the_python_call_of_the_documentation() -> None:
     assert not purified.training
 
 
+@pytest.mark.long
 def test_the_python_call_can_measure_and_report(given: Path, tmp_path: Path, capsys) -> None:
     options = {"image_size": 32, "classes": 5, "overrides": [*GAME, *PROBE]}
     options["defense"] = "dhbe_guided"
@@ -220,6 +223,7 @@ def test_the_python_call_can_measure_and_report(given: Path, tmp_path: Path, cap
     assert capsys.readouterr().out == "", "a library prints nothing"
 
 
+@pytest.mark.long
 def test_the_python_call_leaves_the_model_alone_and_plays_the_game() -> None:
     model = network()
     before = json.dumps({k: v.tolist() for k, v in model.state_dict().items()})
@@ -233,6 +237,7 @@ def test_the_python_call_leaves_the_model_alone_and_plays_the_game() -> None:
         dhbe.purify(model, image_size=32, classes=5, defense="finetune")
 
 
+@pytest.mark.long
 def test_a_model_can_be_scanned_in_memory() -> None:
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}

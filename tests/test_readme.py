@@ -23,7 +23,7 @@ from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import CifarResNet, SmallResNet
-from tests.conftest import ROOT
+from tests.conftest import ROOT, sampled, tiered
 from tests.support.cli import GAME, TINY
 from tests.support.commands import called
 
@@ -128,7 +128,7 @@ def test_scripts_exist(line: str) -> None:
     assert (ROOT / line.split()[1]).exists()
 
 
-@pytest.mark.parametrize("line", COMPOSED)
+@pytest.mark.parametrize("line", sampled(COMPOSED, 4))
 def test_command_composes(line: str, tmp_path: Path, compose_config, monkeypatch) -> None:
     words = shlex.split(line)[2 if line.startswith("python") else 1 :]
     if {"--help", "--version", "-sc"} & {*words} or re.search(r"\b(FILE|FOLDER|NAME)\b", line):
@@ -161,7 +161,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch) -> None:
         exec(compile(block, str(page), "exec"), {})
 
 
-@pytest.mark.parametrize("line", RUNS)
+@pytest.mark.parametrize("line", tiered(RUNS, "python run.py".__eq__))
 def test_command_runs(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)[2:] if line.startswith("python") else shlex.split(line)[1:]
     if "DHBE_DATA" not in os.environ and any(w.startswith(REAL) for w in words):
@@ -192,7 +192,9 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("metrics.json"))
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sampled(sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")), 4)
+)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_values_of_every_sweep_assemble(name: str, every: bool, compose_config) -> None:
     """The first and the last of each parameter, or each value at least once."""

@@ -26,7 +26,7 @@ from dhbe.models import Normalized
 from dhbe.models.interface import contiguous_input, prepared
 from dhbe.models.own import channels_of, side_of
 from dhbe.models.resnet import CifarResNet, SmallResNet
-from tests.conftest import CONF, names
+from tests.conftest import CONF, names, sampled
 from tests.support.fixtures import make_spec, small
 from tests.support.networks import Flat, Pair, ResNet, Wide
 
@@ -125,7 +125,7 @@ def test_real_checkpoints_are_read_and_handed_back(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("preset", "order", "cropped"),
-    [("half", "bgr", False), ("none", "rgb", True), ("imagenet", "rgb", True)],
+    sampled([("half", "bgr", False), ("none", "rgb", True), ("imagenet", "rgb", True)], 3),
 )
 def test_the_first_batchnorm_tells_normalisation_and_channels(
     preset: str, order: str, cropped: bool
@@ -181,6 +181,7 @@ def test_a_network_of_other_images_abstains() -> None:
     assert fresh.preset is None, "it has never seen an image"
 
 
+@pytest.mark.long
 def test_statistics_tell_strides_apart(tmp_path: Path, compose_config) -> None:
     """The same weights fit two networks; only through one of them do images pass as in training."""
     images = natural_images(3, 32, 500)
@@ -196,6 +197,7 @@ def test_statistics_tell_strides_apart(tmp_path: Path, compose_config) -> None:
     assert choices["model"] == "resnet_small"
 
 
+@pytest.mark.long
 def test_a_data_set_does_not_override_what_the_network_knows(
     tmp_path: Path, compose_config
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_data_set_does_not_override_what_the_network_knows(
     )
 
 
+@pytest.mark.long
 def test_generated_images_keep_the_range_that_a_network_knows(compose_config) -> None:
     """Natural statistics behind none and half; the published 0 and 1 for every data set's own."""
     raw = make_spec(mean=(0.0,) * 3, std=(1.0,) * 3)

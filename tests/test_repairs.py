@@ -17,7 +17,7 @@ from dhbe.methods.unlearning import unlearn
 from dhbe.models import Normalized
 from dhbe.training.schedule import Cosine, OneCycle, SGDSchedule
 from dhbe.victim.train import train
-from tests.conftest import each_class, tiered
+from tests.conftest import names, tiered
 from tests.support.attacks import badnets, tiny
 from tests.support.fixtures import make_spec
 
@@ -117,10 +117,11 @@ def test_the_toy_victim_is_backdoored(toys) -> None:
 
 
 SPARED = ("dhbe", "dfad", "abl", "none")
+QUICK = ("clp", "finetune", "ft_sam", "nad")
 
 
 @pytest.mark.parametrize(
-    "name", [d for d in each_class("defense") if not d.values[0].startswith(SPARED)]
+    "name", tiered([d for d in names("defense") if not d.startswith(SPARED)], QUICK.__contains__)
 )
 def test_a_clean_network_keeps_its_accuracy(name: str, compose_config, toys, make_runtime) -> None:
     """Within 3 points, with a few real steps of every method."""
@@ -173,7 +174,10 @@ def repairing(name: str, compose_config, options):
 
 @pytest.mark.parametrize(
     "name",
-    ["anp", "awm", "fine_pruning", "neural_cleanse", "rnp", "trap_and_replace"],
+    tiered(
+        ["anp", "awm", "fine_pruning", "neural_cleanse", "rnp", "trap_and_replace"],
+        ("fine_pruning", "rnp").__contains__,
+    ),
 )
 def test_the_toy_backdoor_goes(name: str, compose_config, toys, make_runtime) -> None:
     """These need few steps for it; the others are measured on CIFAR-10 (docs/results)."""
@@ -185,6 +189,7 @@ def test_the_toy_backdoor_goes(name: str, compose_config, toys, make_runtime) ->
     assert asr < 0.5
 
 
+@pytest.mark.long
 def test_a_told_target_is_denied(compose_config, toys, make_runtime) -> None:
     """Where it was said, whatever the real trigger looks like within its family."""
     _, backdoored, attack, given, test = toys

@@ -525,6 +525,7 @@ def test_columns_and_metrics_are_explained(cells: Path, tmp_path: Path) -> None:
     assert 'content: "victim_asr "' in page, "a row of many columns is printed with their names"
 
 
+@pytest.mark.long
 def test_figures_for_papers(cells: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert report(cells, out, "--format", "svg", "pdf").returncode == 0

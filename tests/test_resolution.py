@@ -87,6 +87,7 @@ def test_a_checkpoint_is_looked_at_once_though_a_run_asks_twice(
     assert len(looks) == 2
 
 
+@pytest.mark.long
 def test_the_command_names_its_folder_like_the_result(tmp_path: Path) -> None:
     file = weights(tmp_path / "given.pt", 1)
     task = ("task=purify", f"checkpoint={file}", *SHORT, f"paths.results={tmp_path}/results")

@@ -128,6 +128,7 @@ def test_the_stopwatch_goes_on_over_all_trainings_of_a_stage(
     assert after_teacher < Stopwatch(folder).earlier < 200
 
 
+@pytest.mark.long
 def test_a_victim_is_judged_once_for_the_defenses_that_share_it(
     compose_config: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from dhbe.data import Resident, TrainingBatches
 from dhbe.training.recorder import Stopwatch
 from dhbe.training.resuming import FORMER, FRESH, LAST, newest, seal, sound
 from dhbe.training.supervised import Supervised
+from tests.conftest import sampled
 from tests.support.defenses import suspect
 from tests.support.fixtures import make_spec
 from tests.support.victim import StopAfter, schedule
@@ -88,7 +89,9 @@ def test_with_both_states_damaged_it_begins_anew(fit: Fit, tmp_path: Path) -> No
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
-@pytest.mark.parametrize("step", ["resuming.seal", "resuming.replace", "recorder.replace"])
+@pytest.mark.parametrize(
+    "step", sampled(["resuming.seal", "resuming.replace", "recorder.replace"], 3)
+)
 def test_a_folder_deleted_while_a_state_is_saved_comes_back(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -50,6 +50,7 @@ def test_procedural_images(channels: int) -> None:
     assert not torch.equal(x, procedural(40, channels, 16, generator(1, "a")))
 
 
+@pytest.mark.long
 def test_imagined_images_are_more_of_the_networks_kind(make_runtime) -> None:
     network, runtime = suspect().network.requires_grad_(False), make_runtime()
     assert isinstance(network, Normalized)
@@ -210,6 +211,7 @@ def test_only_evidence_changes_the_network(compose_config, images, make_runtime)
         assert {"imagined", "triggers_found"} <= set(runtime.recorder.pictures)
 
 
+@pytest.mark.long
 def test_a_share_of_the_change_is_kept(compose_config, images, make_runtime) -> None:
     victim, change = suspect(), {}
     before = torch.cat([p.detach().flatten() for p in victim.network.parameters()])

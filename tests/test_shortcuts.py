@@ -53,14 +53,18 @@ def test_suppressed_shortcuts() -> None:
     assert [b in found[2:4] for b in stage_of(network, found[3])] == [True, True]
 
 
+TINY = {"classes": 4, "channels": 3, "image_size": 16}
+
+
 @pytest.mark.parametrize(
     "make",
     [
-        partial(resnet, depth=18, stem="cifar", classes=4, channels=3, image_size=16),
-        partial(PreActResNet18, classes=4, channels=3, image_size=16),
-        partial(WideResNet, depth=16, widen=1, classes=4, channels=3, image_size=16),
+        pytest.param(partial(WideResNet, depth=16, widen=1, **TINY), id="wrn"),
+        pytest.param(partial(PreActResNet18, **TINY), id="preact", marks=pytest.mark.long),
+        pytest.param(
+            partial(resnet, depth=18, stem="cifar", **TINY), id="resnet18", marks=pytest.mark.long
+        ),
     ],
-    ids=["resnet18", "preact", "wrn"],
 )
 def test_a_shortcut_times_one_is_the_shortcut(make: Callable[[], nn.Module]) -> None:
     network = Normalized(make(), SPEC)
@@ -135,6 +139,7 @@ def test_what_weights_do_not_say_is_said_and_not_loaded(
     assert folded.unwritten == ""
 
 
+@pytest.mark.long
 def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resident) -> None:
     def measure(net) -> dict[str, float]:
         inner = [b.downsample for b in blocks(net, method="x", least=1)]
@@ -147,6 +152,7 @@ def test_the_published_choice_is_the_shortcut_with_the_largest_jump(images: Resi
     assert critical(network, [0, 3], data) == 0
 
 
+@pytest.mark.long
 def test_networks_without_shortcuts_are_refused() -> None:
     with pytest.raises(ConfigError, match="defense=ssft: the network has 0 residual blocks"):
         blocks(vgg19_bn(classes=10, channels=3, image_size=32), method="ssft", least=1)

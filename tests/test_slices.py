@@ -34,6 +34,7 @@ def ended(process: Command) -> tuple[int | None, str]:
     return process.returncode, said + complaints
 
 
+@pytest.mark.long
 def test_two_cells_in_two_slices_of_which_one_is_interrupted(tmp_path: Path) -> None:
     """The rehearsal of ``docs/full_scale.md``."""
     first = begun(tmp_path, "--minutes", "9")
@@ -60,6 +61,7 @@ def test_a_slice_ends_on_time(tmp_path: Path) -> None:
     assert (code, "2 remain" in said) == (3, True), said
 
 
+@pytest.mark.long
 def test_failed_cells_are_left_alone_until_they_are_to_be_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

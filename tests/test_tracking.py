@@ -26,7 +26,7 @@ from dhbe.core.errors import ConfigError, DHBEError
 from dhbe.experiment import pipeline, trackers
 from dhbe.experiment.tracking import RowsLogger, report, tracked
 from dhbe.sweeping.callback import Sweep
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiered
 from tests.support.commands import Command, called
 from tests.support.launch import continued, job
 from tests.support.wandb_server import WandbServer
@@ -80,6 +80,7 @@ def written(file: Path) -> list[Any]:
     raise AssertionError(f"{file}: never closed")
 
 
+@pytest.mark.long
 def test_wandb_groups_the_cells_of_a_sweep_without_name(
     compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_wandb_groups_the_cells_of_a_sweep_without_name(
     assert about.run_group == "sweep-0123"
 
 
+@pytest.mark.long
 def test_wandb_offline(compose_config: Compose, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for seed in (0, 1):
@@ -146,6 +148,7 @@ def test_csv_is_the_default_and_keeps_the_rows_of_a_killed_attempt(
     assert [f.name for f in (tmp_path / "abc").iterdir()] == ["log.csv"]
 
 
+@pytest.mark.long
 def test_rows_of_a_run_that_was_really_killed(tmp_path: Path) -> None:
     epochs = 12
     tiny = ["data.limit=300", "data.train_size=7600", "model.widths=[16,24]", "trainer.threads=1"]
@@ -275,7 +278,7 @@ def test_wandb_without_key_says_so(
     wandb.teardown()
 
 
-@pytest.mark.parametrize("lost", ["server", "process"])
+@pytest.mark.parametrize("lost", tiered(["server", "process"], "process".__eq__))
 def test_wandb_lost_in_the_midst_of_a_run_costs_no_result(
     compose_config: Compose,
     tmp_path: Path,

@@ -46,6 +46,7 @@ def zoo_config(zoo: Path, compose_config, *overrides: str, name: str = NAME):
     return compose_config("victim=zoo", f"victim.name={name}", where, *QUIET, *overrides)
 
 
+@pytest.mark.long
 def test_the_figures_of_the_card_are_those_of_a_run(zoo: Path, compose_config, tmp_path) -> None:
     """Its attack, its clean network and its poisoned images come along; other images have none."""
     config = zoo_config(zoo, compose_config, "data.limit=200", "clean_baseline=true")
@@ -69,6 +70,7 @@ def test_the_figures_of_the_card_are_those_of_a_run(zoo: Path, compose_config, t
     assert "may be among those that this victim was trained on" in " ".join(notes)
 
 
+@pytest.mark.long
 def test_a_second_publication_changes_nothing(zoo: Path) -> None:
     files = [f for f in (zoo / "zoo").rglob("*") if f.is_file()]
     assert {f.name for f in files} == {CARD, WEIGHTS, PICTURE}
