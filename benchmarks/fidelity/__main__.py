@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fidelity import pruning  # noqa: F401 (they register)
+from benchmarks.fidelity import pruning, tuning  # noqa: F401 (they register)
 from benchmarks.fidelity.official import COMPARISONS, Comparison, Missing, Official
 
 
@@ -27,6 +27,9 @@ def row(comparison: Comparison, folder: Path) -> str:
     try:
         difference = f"{function(Official(folder, sources, given)):.1g}"
     except Missing as what:
+        difference = str(what)
+    except Exception as what:  # DEBUG
+        import traceback; traceback.print_exc()
         difference = str(what)
     said = " ".join((function.__doc__ or "").split()).rstrip(".")
     return f"| {method} | {'; '.join(f'`{s}`' for s in sources)} | {said} | {difference} |"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import transforms
 
 REPOSITORIES = {
     "ABL": ("bboylyg/ABL", "3fd736c"),
@@ -203,6 +204,7 @@ NAMES: dict[str, Any] = {
     "copy": copy,
     "logging": logging,
     "cycle": itertools.cycle,
+    "transforms": transforms,
     "OrderedDict": OrderedDict,
     "AverageMeter": Meter,
     "Variable": lambda x: x,

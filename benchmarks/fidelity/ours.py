@@ -70,7 +70,11 @@ def network(widths: Sequence[int] = (8, 12), spec: DataSpec = SPEC, seed: int = 
     torch.manual_seed(seed)
     kind = {"classes": spec.classes, "channels": spec.channels, "image_size": spec.image_size}
     net = Normalized(SmallResNet(widths=[*widths], blocks=1, stem_stride=2, **kind), spec)
-    return scattered(net)
+    head = scattered(net).network.head
+    head.weight.data.mul_(20)
+    with torch.no_grad():  # so that predictions differ
+        head.bias -= net(torch.rand(64, *spec.shape)).mean(0)
+    return net
 
 
 def scattered(net: Any) -> Any:
