@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fidelity import pruning, tuning  # noqa: F401 (they register)
+from benchmarks.fidelity import game, pruning, tuning  # noqa: F401 (they register)
 from benchmarks.fidelity.official import COMPARISONS, Comparison, Missing, Official
 
 
