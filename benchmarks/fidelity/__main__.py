@@ -4,19 +4,19 @@ FOLDER holds clones under the names of their repositories: ``git clone https://g
 for those of ``official.REPOSITORIES``, which names the commits as well. Nothing of them is copied:
 functions are cut out of their files at run time, get the same random inputs as ours, on a CPU and
 in double precision, and the largest difference becomes a row of a table in Markdown. A clone that
-is not there makes its rows say so. docs/fidelity.md tells what else differs, on purpose.
+is not there makes its rows say so. FTrojan and Refool also need the package opencv-python-headless,
+CTRL needs kornia. docs/fidelity.md tells what else differs, on purpose.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.fidelity import game, pruning, tuning  # noqa: F401 (they register)
+from benchmarks.fidelity import attacks, game, pruning, tuning  # noqa: F401 (they register)
 from benchmarks.fidelity.official import COMPARISONS, Comparison, Missing, Official
 
 
@@ -27,9 +27,6 @@ def row(comparison: Comparison, folder: Path) -> str:
     try:
         difference = f"{function(Official(folder, sources, given)):.1g}"
     except Missing as what:
-        difference = str(what)
-    except Exception as what:  # DEBUG
-        import traceback; traceback.print_exc()
         difference = str(what)
     said = " ".join((function.__doc__ or "").split()).rstrip(".")
     return f"| {method} | {'; '.join(f'`{s}`' for s in sources)} | {said} | {difference} |"

@@ -76,6 +76,8 @@ OLD = {
     r"\.cuda\(\)": "",
     r"(['\"])cuda\1": "'cpu'",
     r"\bnp\.(float|int|bool)\b": r"\1",
+    r"\bnp\.round_": "np.round",
+    r"\bnp\.lib\.pad": "np.pad",
     r"_conv_forward\(input, weight\)": "_conv_forward(input, weight, self.bias)",
 }
 """What neither a CPU nor today's PyTorch and NumPy know, and what takes its place."""

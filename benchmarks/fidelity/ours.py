@@ -183,7 +183,7 @@ def repaired(method: Any, net: Normalized, given: Given) -> Normalized:
     return found
 
 
-def twin(net: nn.Module, kind: type[nn.Module], official: type[nn.Module]) -> nn.Module:
+def twin(net: nn.Module, kind: type[nn.Module], official: type[nn.Module]) -> Any:
     """A copy whose layers of one kind are of the authors' class, with the same state."""
     net = copy.deepcopy(net)
     for parent in [*net.modules()]:

@@ -256,7 +256,8 @@ def tsbd_zeroes(official: Official) -> float:
 @compare("fine_pruning", "BackdoorBench/defense/fp.py: defense")
 def fine_pruning(official: Official) -> float:
     """Order in which features are pruned, by their mean over two batches"""
-    net, given, order = network((16, 24)), batches(2, 16), []
+    net, given = network((16, 24)), batches(2, 16)
+    order: list[int] = []
 
     def choose(net: Normalized, _: Any, cut: Any, **__: Any) -> Any:
         head = classifier(net)
@@ -283,7 +284,7 @@ def fine_pruning(official: Official) -> float:
 def ulrl_rows(official: Official) -> float:
     """Flagged rows of 50 random lists of ten changes (number of lists that differ)"""
     differ = 0
-    for seed in range(50):
+    for _ in range(50):
         moved = torch.distributions.LogNormal(0.0, 1.5).sample((10,))
         found = official.excerpt(
             "median = torch.median", "neuron_indices = ", aggregate_changes_per_neuron=moved

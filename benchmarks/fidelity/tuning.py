@@ -157,8 +157,11 @@ def sau(official: Official) -> float:
     return apart(weights(ours), weights(theirs))
 
 
-@compare("npd", "BackdoorBench/defense/npd.py: train_npd, get_perturbed_image, projection, "
-         "input_feature_hook", Metric_Aggregator=MagicMock)
+@compare(
+    "npd",
+    "BackdoorBench/defense/npd.py: train_npd, get_perturbed_image, projection, input_feature_hook",
+    Metric_Aggregator=MagicMock,
+)
 def npd(official: Official) -> float:
     """Logits behind a polarizer after an epoch of warm-up and one of training, two steps each"""
     torch.manual_seed(0)
@@ -170,8 +173,9 @@ def npd(official: Official) -> float:
     method = defense("npd", epochs=1)
     ours = repaired(method, net, given)
     theirs = copy.deepcopy(net).requires_grad_(False)
-    plug = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
-    nn.init.dirac_(plug[0].weight)
+    mix = nn.Conv2d(8, 8, 1, bias=False)
+    nn.init.dirac_(mix.weight)
+    plug = nn.Sequential(mix, nn.BatchNorm2d(8))
     same = {"normalization": lambda x: x, "denormalization": lambda x: x}
     helper = SimpleNamespace(**same, projection=lambda p, a: official.projection(None, p, a))
     helper.get_perturbed_image = lambda x, p: official.get_perturbed_image(helper, x, p)
@@ -202,9 +206,7 @@ def tsbd(official: Official) -> float:
         ours = repaired(method, net, given)
     theirs = copy.deepcopy(net)
     optimizer, args = method.schedule.optimizer(theirs), SimpleNamespace(device="cpu")
-    official.train_finetuning_reg(
-        None, args, theirs, CE, optimizer, given, method.r, method.alpha
-    )
+    official.train_finetuning_reg(None, args, theirs, CE, optimizer, given, method.r, method.alpha)
     return apart(weights(ours), weights(theirs))
 
 
@@ -218,15 +220,15 @@ def trainer(net: nn.Module, optimizer: Any, **more: Any) -> SimpleNamespace:
 def ulrl_unlearns(official: Official) -> float:
     """Change of the classifier's rows after three steps of unlearning with clipping"""
     net, given = network(), batches(3, 8)
-    method, seen = defense("ulrl", epochs=1), []
-    with patch("defenses.ulrl.outliers", side_effect=lambda m, *_, **__: seen.append(m) or []):
+    method = defense("ulrl", epochs=1)
+    with patch("defenses.ulrl.outliers", return_value=[]) as judge:
         method.suspicious(net, MagicMock(clean=lambda: range(24)), runtime(given))
     theirs = copy.deepcopy(net)
     state = trainer(theirs, method.unlearn_schedule.optimizer(theirs))
     for x, y in given:
         official.one_forward_backward_unlearn(state, x, y, "cpu")
     change = (classifier(theirs).weight - classifier(net).weight).abs().sum(1)
-    return apart([torch.from_numpy(seen[0])], [change])
+    return apart([torch.from_numpy(judge.call_args.args[0])], [change])
 
 
 @compare("ulrl", "ULRL/utils/trainer_cls.py: RelearningTrainer", BackdoorModelTrainer=object)
@@ -234,7 +236,10 @@ def ulrl(official: Official) -> float:
     """Weights after three steps of relearning, two rows held away"""
     net, given = network(), batches(3, 8)
     method = defense("ulrl", epochs=1)
-    with patch.object(type(method), "suspicious", return_value=[3, 5]), patch("defenses.ulrl.reset"):
+    with (
+        patch.object(type(method), "suspicious", return_value=[3, 5]),
+        patch("defenses.ulrl.reset"),
+    ):
         ours = repaired(method, net, given)
     theirs = copy.deepcopy(net)
     theirs.head = classifier(theirs)
@@ -377,8 +382,9 @@ def cetf(official: Official) -> float:
     return apart([ours], [torch.from_numpy(theirs)[:, 0]])
 
 
-@compare("trap_and_replace", "Trap-and-Replace-Backdoor-Defense/utils/utils.py: "
-         "total_variation_loss")
+@compare(
+    "trap_and_replace", "Trap-and-Replace-Backdoor-Defense/utils/utils.py: total_variation_loss"
+)
 def trap_and_replace(official: Official) -> float:
     """Total variation of the decoded pictures"""
     ((x, _),) = batches(1, 4)
