@@ -49,7 +49,7 @@ class BNP(Defense):
 
 
 def divergence(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """KL divergence (C,) of inputs (B, C, H, W), as normal distributions, from what is remembered."""
+    """KL divergence (C,) of inputs (B, C, H, W), as normal distributions, from those remembered."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     variance = x.var(dim=(0, 2, 3)) + norm.eps

@@ -59,7 +59,6 @@ REPOSITORIES = {
         "45e8c33",
     ),
     "backdoor-toolbox": ("vtu81/backdoor-toolbox", "9d4d909"),
-    "backdoor_attacks": ("khoadoan106/backdoor_attacks", "bc6e262"),
     "backdoors101": ("ebagdasa/backdoors101", "9f48fbb"),
     "channel-Lipschitzness-based-pruning": (
         "rkteddy/channel-Lipschitzness-based-pruning",
