@@ -465,8 +465,7 @@ def test_ep_counts_bars_of_a_tenth_of_a_deviation() -> None:
     low, bars = float(scaled.min()), int((scaled.max() - scaled.min()) / 0.1)
     for channel, value in zip(scaled.tolist(), found.tolist(), strict=True):
         shares = [
-            sum(low + 0.1 * n < v < low + 0.1 * (n + 1) for v in channel) / 400
-            for n in range(bars)
+            sum(low + 0.1 * n < v < low + 0.1 * (n + 1) for v in channel) / 400 for n in range(bars)
         ]
         assert value == pytest.approx(sum(p * math.log(p) for p in shares if p), abs=1e-4)
     assert found.argmax() == 2

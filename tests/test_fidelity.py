@@ -1,4 +1,4 @@
-"""docs/fidelity.md has a row for every published method; its script tells which clone is missing."""
+"""docs/fidelity.md has a row for every published method; its script names a missing clone."""
 
 from __future__ import annotations
 
