@@ -49,10 +49,10 @@ class BNP(Defense):
 
 
 def divergence(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """KL divergence (C,) of inputs (C, L), as normal distributions, from the running statistics."""
+    """KL divergence (C,) of inputs (B, C, H, W), as normal distributions, from those remembered."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    variance = x.var(dim=1) + norm.eps
+    variance = x.var(dim=(0, 2, 3)) + norm.eps
     kept = norm.running_var + norm.eps
-    apart = variance + (x.mean(dim=1) - norm.running_mean).square()
+    apart = variance + (x.mean(dim=(0, 2, 3)) - norm.running_mean).square()
     return ((kept / variance).log() + apart / kept - 1) / 2

@@ -25,8 +25,8 @@ STEP = 0.1
 class EP(Defense):
     """On a batch of the poisoned training set a backdoor channel has two modes: low entropy.
 
-    Inputs of each channel are standardised; it is pruned (gamma = beta = 0) if the entropy of
-    their histogram is below mean - u std of its layer.
+    A channel's largest input in each image is standardised over the batch; the channel is pruned
+    (gamma = beta = 0) if the entropy of their histogram is below mean - u std of its layer.
 
     Args:
         u: 3 for CIFAR-10 and GTSRB, 4 for Tiny-ImageNet.
@@ -52,16 +52,17 @@ class EP(Defense):
 
 
 def uniformity(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Negative entropy (C,), in nats, of the histograms of standardised inputs (C, L).
+    """Negative entropy (C,), in nats, of the histograms of the standardised maxima of (B, C, H, W).
 
-    All channels share the bars, which begin at the smallest value; a last one that is not whole
-    is left out, as in the official code.
+    All channels share the bars, which begin at the smallest value; that value itself and a last
+    bar that is not whole are left out, as in the official code.
     """
     del norm
+    x = x.amax(dim=(2, 3)).T  # (C, B)
     spread = x.std(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     x = (x - x.mean(dim=1, keepdim=True)) / spread
     bars = int((x.max() - x.min()) / STEP)
     place = ((x - x.min()) / STEP).long().clamp_max(bars)
-    counts = x.new_zeros(len(x), bars + 1).scatter_add_(1, place, torch.ones_like(x))
+    counts = x.new_zeros(len(x), bars + 1).scatter_add_(1, place, (x > x.min()).to(x))
     entropy: Tensor = torch.special.entr(counts[:, :bars] / x.shape[1]).sum(dim=1)
     return -entropy

@@ -14,7 +14,7 @@ from dhbe.training.compile import eager
 from dhbe.training.runtime import Runtime
 
 Score = Callable[[nn.BatchNorm2d, Tensor], Tensor]
-"""(BatchNorm, its input (C, L) over batch and places) -> score of each channel (C,)."""
+"""(BatchNorm, its inputs (B, C, H, W)) -> score of each channel (C,)."""
 
 
 def prune_by_inputs(
@@ -51,7 +51,7 @@ def scores_of_inputs(
 
     def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, nn.BatchNorm2d)
-        found[norm] = score(norm, args[0].transpose(0, 1).flatten(1).float())
+        found[norm] = score(norm, args[0].float())
 
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     try:

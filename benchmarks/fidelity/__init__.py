@@ -1,0 +1,1 @@
+"""Ours against the authors' code, loaded from clones: ``python -m benchmarks.fidelity FOLDER``."""
