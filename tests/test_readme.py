@@ -1,7 +1,7 @@
 """Every command of the README and of the site works.
 
-Those of ``RUN_HERE`` run on tiny settings; of the others the config is composed, checked and
-assembled. ``.ci/run`` calls the make targets.
+Their configs are composed, checked and assembled; then the commands run, on tiny settings, unless
+they need more than one machine or package. ``.ci/run`` calls the make targets.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import math
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 
 from dhbe.checkpoint import preprocessing
 from dhbe.cli import plain_names
@@ -24,11 +27,12 @@ from dhbe.config.schema import plain
 from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import CifarResNet, SmallResNet
 from tests.conftest import ROOT, sampled, tiered
-from tests.support.cli import GAME, TINY
+from tests.support.cli import GAME
 from tests.support.commands import called
+from tests.support.report import write_cell
 
+EMBEDDED = ROOT / "dhbe" / "data" / "embedded"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_HERE = ("README.md",)
 FENCED = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`((?:python|dhbe|dhbe-purify|make|pip) [^`\n]+)`")
 
@@ -43,27 +47,16 @@ def lines(page: Path) -> list[str]:
 
 COMMANDS = sorted({(page.name, line) for page in PAGES for line in lines(page)})
 ALL = sorted({line for _, line in COMMANDS})
-RUNS = sorted(
-    {
-        line
-        for page, line in COMMANDS
-        if page in RUN_HERE
-        and line.startswith("python run.py")
-        and not {"-m", "--help"} & {*line.split()}
-    }
-)
-COMPOSED = [
-    line
-    for line in ALL
-    if re.match(r"python run\.py|dhbe ", line) and line not in RUNS and "…" not in line
-]
+COMPOSED = [line for line in ALL if re.match(r"python run\.py|dhbe ", line) and "…" not in line]
+OTHERS = r"launcher|=ddp|\bNAME\b|=corner|paper_|=ep$"
+"""They need other packages, two processes, a name, an attack of the user, days, all of CIFAR-10."""
+RUNS = [line for line in COMPOSED if not re.search(OTHERS, line)]
 MODULES = [line for line in ALL if line.startswith("python -m ")]
 SCRIPTS = [line for line in ALL if re.match(r"python (docs|examples)/", line)]
 MAKE = [line for line in ALL if line.startswith("make ")]
 INSTALL = [line for line in ALL if line.startswith("pip install")]
 ELSEWHERE = ("pytest", "dhbe-purify FILE", "dhbe-purify suspicious.pt")
 """``.ci/run`` or ``tests/test_purify.py`` call these."""
-REAL = ("data=cifar10", "data=gtsrb", "experiment=")
 
 
 SIZES = {"classes": 10, "channels": 3, "image_size": 32}
@@ -122,6 +115,19 @@ def test_modules_know_their_options(line: str, tmp_path: Path) -> None:
     assert not [o for o in options if o not in done.stdout]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("line", [x for x in MODULES if "dhbe.report " in x])
+def test_reports_are_made(line: str, tmp_path: Path) -> None:
+    """The other modules run in tests of their own."""
+    for folder in ("outputs/results", "outputs/board_runs"):
+        for seed in range(2):
+            write_cell(tmp_path / folder / str(seed), seed=seed, asr=0.1, data="cifar10")
+    shutil.copytree(ROOT / "docs" / "results" / "board", tmp_path / "docs" / "results" / "board")
+    done = called(shlex.split(line)[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
 @pytest.mark.parametrize("line", SCRIPTS)
 def test_scripts_exist(line: str) -> None:
     """``tests/test_examples.py`` runs them."""
@@ -161,35 +167,74 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch) -> None:
         exec(compile(block, str(page), "exec"), {})
 
 
-@pytest.mark.parametrize("line", tiered(RUNS, "python run.py".__eq__))
-def test_command_runs(line: str, tmp_path: Path) -> None:
-    words = shlex.split(line)[2:] if line.startswith("python") else shlex.split(line)[1:]
-    if "DHBE_DATA" not in os.environ and any(w.startswith(REAL) for w in words):
-        pytest.skip("set DHBE_DATA to run this command on real data")
-    files(tmp_path, words)
-    extra = ["data.limit=300", "data.train_size=0", *TINY[2:]]
-    if "task=purify" in words:
-        extra = ["trainer.threads=1"]
-        words += [] if any(w.startswith("defense=") for w in words) else ["defense=dhbe_guided"]
-    if "victim=zoo" in words:
-        extra = [*extra[:2], "trainer.threads=1"]
-    if "victim=finetune" in words:
-        extra = [*extra[:2], "trainer.threads=1", "victim.schedule.epochs=1"]
-    if {"victim=checkpoint", "task=purify"} & {*words}:
-        extra = [e for e in extra if e != "victim.epochs=2"]
-        extra += ["probe.images=12", "probe.steps=2", "probe.width=4", "data.normalization=none"]
-    if any(w.startswith(("victim=cpu", "experiment=")) for w in words):
-        extra = ["model=resnet_tiny", *extra]
-    if any(w.startswith("experiment=") for w in words):
-        extra.append("attack.poison_count=3")  # the protocol's number is for the whole set
-    chosen = [w for w in words if w.startswith("defense=")] or ["defense=dhbe"]
-    if chosen[0].startswith(("defense=dhbe", "defense=dfad")):
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of the package's images under the names of CIFAR-10 and GTSRB."""
+    folder = tmp_path_factory.mktemp("data")
+    for part, count in (("train", 430), ("test", 86)):
+        table = parquet.read_table(EMBEDDED / f"cifar10_mini-{part}.parquet")[:count]
+        name = "train-1-of-1" if part == "train" else part
+        parquet.write_table(table, folder / f"cifar10-{name}.parquet")
+        images = [
+            {"bytes": row["bytes"], "path": f"{i % 43:05d}/{i // 86:05d}_{i % 30:05d}.ppm"}
+            for i, row in enumerate(table["image"].to_pylist())
+        ]
+        signs = pa.table({"image": images, "label": [i % 43 for i in range(count)]})
+        parquet.write_table(signs, folder / f"gtsrb32-{name}.parquet")
+    return folder
+
+
+SHORT = {
+    "": "trainer.threads=1 trainer.observe_every=0",
+    "data=gtsrb": "data.train_size=0",
+    "data=cifar10": "data.train_size=0",
+    "experiment=": "data.train_size=0 model=resnet_tiny attack.poison_count=3",
+    "model=resnet_small": "model.widths=[16,24]",
+    "victim=finetune": "victim.schedule.epochs=1",
+    "task=": "probe.images=12 probe.steps=2 probe.width=4 data.normalization=none",
+    "task=scan": "defense.imagination.count=10 defense.imagination.steps=1",
+    "checkpoint": "probe.images=12 probe.steps=2 probe.width=4",
+    "defense=anp": "defense.schedule.epochs=1",
+    "defense=finetune": "defense.schedule.epochs=1",
+    "defense=ft_sam": "defense.schedule.epochs=1",
+    "defense=seam": "defense.forget_schedule.epochs=1 defense.recover_schedule.epochs=1",
+    "defense=otbr": "defense.steps=1",
+    "+sweep=": "attack=badnets seed=0 defense=clp,none",
+}
+"""What makes a command short that has these words."""
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The same command on few images, for an epoch or two."""
+    defense = next((w for w in words if w.startswith("defense=")), "defense=")
+    told = any(w.startswith(("data=", "task=")) for w in words)
+    own = not any(re.match(r"victim=(zoo|checkpoint|finetune)|task=", w) for w in words)
+    extra = [] if told else ["data.limit=300"]
+    extra += ["victim.epochs=2"] if own else []
+    extra += [] if any("model=" in w for w in words) or not own else ["model.widths=[16,24]"]
+    extra += [o for k, v in SHORT.items() if any(w.startswith(k) for w in words) for o in v.split()]
+    game = not any(w.startswith(("task=", "+sweep=")) for w in words)
+    if game and re.fullmatch(r"defense=((dhbe|dfad)\w*)?", defense):
         extra += GAME
-    if chosen[0] == "defense=ft_sam":
-        extra.append("defense.schedule.epochs=1")
-    done = called([str(ROOT / "run.py"), *words, *extra], cwd=tmp_path)
+    if "auto" in defense or "task=purify" in words:  # make demo and test_purify.py run it
+        words = [w for w in words if w != defense]
+        extra.append("defense=clp")
+    given = {w.split("=")[0].lstrip("+") for w in words}
+    return [*words, *(o for o in dict.fromkeys(extra) if o.split("=")[0] not in given)]
+
+
+@pytest.mark.parametrize("line", tiered(RUNS, "python run.py".__eq__))
+def test_command_runs(line: str, tmp_path: Path, small_data: Path) -> None:
+    words = shlex.split(line)[2 if line.startswith("python") else 1 :]
+    files(tmp_path, words)
+    shows = {"--help", "--cfg", "-sc"} & {*words}
+    done = called(
+        [str(ROOT / "run.py"), *(words if shows else shortened(words))],
+        cwd=tmp_path,
+        env=os.environ | {"DHBE_DATA": str(small_data)},
+    )
     assert done.returncode == 0, done.stderr
-    assert list(tmp_path.rglob("metrics.json"))
+    assert done.stdout if shows else list(tmp_path.rglob("metrics.json"))
 
 
 @pytest.mark.parametrize(
