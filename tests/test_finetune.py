@@ -120,7 +120,7 @@ def test_attackers_look_into_the_given_network(given: Path, request_for) -> None
     assert not any(p.requires_grad for p in surrogate.parameters())
 
 
-@pytest.mark.parametrize("name", sampled(names("attack"), 7))
+@pytest.mark.parametrize("name", sampled(names("attack"), 14))
 def test_every_attack_is_planted(name: str, given: Path, request_for, compose_config) -> None:
     attack = build(name, compose_config, make_spec())
     weights = torch.load(given, weights_only=True)

@@ -20,7 +20,7 @@ SMALL = [k for k in KINDS if k not in LARGE]
 
 
 @pytest.mark.parametrize(
-    "kind", [*sampled(SMALL, 3), *tiered(LARGE, lambda kind: False)], ids=lambda kind: kind.name
+    "kind", [*sampled(SMALL, 6), *tiered(LARGE, lambda kind: False)], ids=lambda kind: kind.name
 )
 def test_a_kind_of_file(kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocessing, "PIXELS", 0)  # a short look: these networks are untrained

@@ -301,6 +301,7 @@ def test_linear_layers_tell_what_images_they_take(
     assert side_of(network, channels or 3) == side
 
 
+@pytest.mark.long
 def test_what_is_no_classifier_of_images_is_refused() -> None:
     for model, options, message in (
         (Pair(), {"image_size": 32, "classes": 5}, "returns a tuple; expected a tensor of logits"),

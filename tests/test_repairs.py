@@ -35,6 +35,7 @@ def steep() -> SGDSchedule:
     )
 
 
+@pytest.mark.long
 def test_unlearning_stops_in_the_middle_of_an_epoch(toys, make_runtime) -> None:
     clean, _, _, given, _ = toys
     network, runtime = copy.deepcopy(clean), make_runtime()

@@ -56,6 +56,7 @@ def test_two_cells_in_two_slices_of_which_one_is_interrupted(tmp_path: Path) -> 
     assert size < 2 * 400_000, "small enough to copy"
 
 
+@pytest.mark.long
 def test_a_slice_ends_on_time(tmp_path: Path) -> None:
     code, said = ended(begun(tmp_path, "victim.epochs=100000", "--minutes", "0.04"))
     assert (code, "2 remain" in said) == (3, True), said
