@@ -32,7 +32,8 @@ def target(group: str, name: str) -> str:
 
 
 def test_every_published_method_has_a_row() -> None:
-    rows = (ROOT / "docs" / "fidelity.md").read_text().splitlines()
+    text = (ROOT / "docs" / "fidelity.md").read_text()
+    rows = text.partition("## Rows that were run anew")[0].splitlines()
     cells = [row.split(" | ") for row in rows if row.startswith("| ") and "`" in row]
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell[0])}
     methods: dict[str, set[str]] = {}
