@@ -9,43 +9,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
-from dhbe.config.resolvers import register_resolvers
-from dhbe.config.schema import plain
+from benchmarks.fidelity.ours import CONF, attack
 from dhbe.core.provenance import commit
-from dhbe.core.types import DataSpec
 from dhbe.models.resnet import resnet
-
-CONF = Path(__file__).parent.parent / "conf"
-SPEC = DataSpec(
-    name="random",
-    classes=10,
-    channels=3,
-    image_size=32,
-    mean=(0.5,) * 3,
-    std=(0.25,) * 3,
-    flip=True,
-    crop_padding=4,
-    balanced=True,
-)
 
 
 def attacks():
     """Every attack config but ``none``, as (name, attack)."""
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for file in sorted((CONF / "attack").glob("*.yaml")):
-            if file.stem != "none":
-                node = plain(compose("config", overrides=[f"attack={file.stem}"]))["attack"]
-                if file.stem == "picture":
-                    node["path"] = str(CONF.parent / "tests" / "trigger.png")
-                built = instantiate(node, _partial_=True, _convert_="all")(spec=SPEC)
-                yield file.stem, built.eval()
+    for file in sorted((CONF / "attack").glob("*.yaml")):
+        if file.stem != "none":
+            picture = str(CONF.parent / "tests" / "trigger.png")
+            yield file.stem, attack(file.stem, path=picture).eval()
 
 
 def seconds(function) -> float:
@@ -68,8 +45,8 @@ def main() -> None:
     network = network.to(memory_format=torch.channels_last)
     zoo = sorted(attacks(), key=lambda a: any(True for _ in a[1].parameters()))
     calls = {"resnet18 forward": lambda: network(x)}
-    for name, attack in zoo:
-        calls[name] = lambda a=attack: a.apply(x, y=y, index=index)
+    for name, built in zoo:
+        calls[name] = lambda a=built: a.apply(x, y=y, index=index)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(options.rounds + 1):
         for name, call in calls.items():

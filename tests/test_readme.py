@@ -213,12 +213,13 @@ def shortened(words: list[str]) -> list[str]:
     extra += ["victim.epochs=2"] if own else []
     extra += [] if any("model=" in w for w in words) or not own else ["model.widths=[16,24]"]
     extra += [o for k, v in SHORT.items() if any(w.startswith(k) for w in words) for o in v.split()]
-    game = not any(w.startswith(("task=", "+sweep=")) for w in words)
+    if "task=purify" in words and defense == "defense=":
+        words, defense = [*words, "defense=dhbe_guided"], "defense=dhbe_guided"
+    game = not any(w.startswith(("task=scan", "+sweep=")) for w in words)
     if game and re.fullmatch(r"defense=((dhbe|dfad)\w*)?", defense):
         extra += GAME
-    if "auto" in defense or "task=purify" in words:  # make demo and test_purify.py run it
-        words = [w for w in words if w != defense]
-        extra.append("defense=clp")
+    if "auto" in defense:  # make demo runs it
+        words = [*(w for w in words if w != defense), "defense=clp"]
     given = {w.split("=")[0].lstrip("+") for w in words}
     return [*words, *(o for o in dict.fromkeys(extra) if o.split("=")[0] not in given)]
 

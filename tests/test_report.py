@@ -394,6 +394,14 @@ def test_figure_over_clean_images_shows_methods_that_need_none(tmp_path: Path) -
     assert set(dashed.get_ydata()) == {75.0}
 
 
+def test_a_limited_data_set_has_fewer_clean_images(tmp_path: Path) -> None:
+    budget = {"name": "pct5", "fraction": 0.05}
+    for seed, limit in enumerate((0, 200)):
+        data = {"classes": 10, "train_size": 1000, "limit": limit}
+        write_cell(tmp_path / str(seed), seed=seed, asr=0, config={"data": data, "budget": budget})
+    assert collect([tmp_path]).set_index("seed")["clean_images"].to_dict() == {0: 50, 1: 10}
+
+
 def test_curves_can_be_told_apart(tmp_path: Path) -> None:
     for k in range(12):
         write_cell(tmp_path / f"c{k}", seed=0, asr=0.1, defense=f"d{k}")

@@ -66,8 +66,9 @@ def test_the_figures_of_the_card_are_those_of_a_run(zoo: Path, compose_config, t
     assert not elsewhere["notes"], "a defender without images has none that the victim knows"
     more = ("data.limit=100", "data.pool_fraction=0.2", "budget=pct5")
     granted = zoo_config(zoo, compose_config, *more)
-    notes = run(granted, tmp_path / "c", choices_of())["notes"]
-    assert "may be among those that this victim was trained on" in " ".join(notes)
+    notes = " ".join(run(granted, tmp_path / "c", choices_of())["notes"])
+    assert "may be among those that this victim was trained on" in notes
+    assert "data.limit=100 cuts the training images, too: the defender has 5 clean ones" in notes
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("methods", nargs="*", help="default: all")
     chosen = parser.parse_args()
+    warnings.simplefilter("ignore")  # the authors' code is old
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -106,6 +106,11 @@ class Setting:
                 spec=self.parts.spec,
             )
             data = grant(self.parts, self.splits, victim, self.runtime.seed, self.evaluator)
+            if data.granted and (limit := self.request.config["data"].get("limit")):
+                self.runtime.recorder.notes.append(
+                    f"data.limit={limit} cuts the training images, too: the defender has "
+                    f"{data.granted} clean ones"
+                )
             purified = self.parts.defense(suspect, data, self.runtime)
         self.clock.seconds["defense"] += watch.earlier
         return purified

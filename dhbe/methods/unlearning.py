@@ -48,8 +48,8 @@ def unlearn(
         clip=clip,
     )
     runtime.recorder.notes.append(
-        f"unlearned to an accuracy of {reached:.2f} on its images"
-        + (f", not the {stop_accuracy:.2f} wanted" if reached > stop_accuracy else "")
+        f"unlearned to an accuracy of {reached:.3f} on its images"
+        + (f", not the {stop_accuracy:.3f} wanted" if reached > stop_accuracy else "")
     )
     return reached
 

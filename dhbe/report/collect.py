@@ -136,7 +136,8 @@ def _clean_images(config: dict[str, Any]) -> float | None:
     if budget is None:
         return None
     per_class = budget.get("per_class", 0) * data.get("classes", 0)
-    return float(round(budget.get("fraction", 0) * data.get("train_size", 0)) + per_class)
+    size = data.get("limit") or data.get("train_size", 0)
+    return float(round(budget.get("fraction", 0) * size) + per_class)
 
 
 def flatten(node: Any, path: str = "") -> dict[str, Any]:
