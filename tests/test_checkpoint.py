@@ -152,6 +152,7 @@ def test_the_metadata_of_safetensors_answers_too(tmp_path: Path, compose_config)
     assert tree["victim"]["assumed"] == []
 
 
+@pytest.mark.long
 def test_what_is_not_known_is_said(tmp_path: Path, compose_config) -> None:
     from dhbe.config.schema import plain
 

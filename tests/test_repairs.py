@@ -118,7 +118,7 @@ def test_the_toy_victim_is_backdoored(toys) -> None:
 
 
 SPARED = ("dhbe", "dfad", "abl", "none")
-QUICK = ("clp", "finetune", "ft_sam", "nad")
+QUICK = ("clp", "ft_sam")
 
 
 @pytest.mark.parametrize(

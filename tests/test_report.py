@@ -561,6 +561,7 @@ def test_tables_compile(cells: Path, tmp_path: Path) -> None:
     assert (tmp_path / "paper.pdf").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_page_sorts_and_filters_in_a_browser(cells: Path, tmp_path: Path) -> None:
     assert report(cells, tmp_path / "out").returncode == 0

@@ -90,11 +90,6 @@ class DefenderData:
         if pool is not None and budget.incoming:
             self._incoming = self._arrive(pool, trigger)
 
-    @property
-    def granted(self) -> int:
-        """Number of clean images, those for validation included."""
-        return len(self._chosen)
-
     def _arrive(
         self, pool: ImageSet, trigger: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     ) -> Resident:

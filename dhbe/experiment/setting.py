@@ -106,10 +106,11 @@ class Setting:
                 spec=self.parts.spec,
             )
             data = grant(self.parts, self.splits, victim, self.runtime.seed, self.evaluator)
-            if data.granted and (limit := self.request.config["data"].get("limit")):
+            limit = self.request.config["data"].get("limit")
+            if limit and self.splits is not None and self.parts.budget.clean:
                 self.runtime.recorder.notes.append(
                     f"data.limit={limit} cuts the training images, too: the defender has "
-                    f"{data.granted} clean ones"
+                    f"{len(data.clean())} clean ones"
                 )
             purified = self.parts.defense(suspect, data, self.runtime)
         self.clock.seconds["defense"] += watch.earlier
