@@ -93,6 +93,7 @@ def test_another_config_does_not_overwrite(finished: Path) -> None:
     assert metrics(finished / "one")["defense"] == "dhbe"
 
 
+@pytest.mark.long
 def test_a_sweep_shares_victims_and_names_cells(finished: Path) -> None:
     done = run(finished, "-m", *TINY, "defense=none,clp", "seed=0")
     assert done.returncode == 0, done.stderr

@@ -91,6 +91,7 @@ def test_every_data_config_composes(compose_config) -> None:
         assert (CONF / "data" / f"{name}.yaml").exists()
 
 
+@pytest.mark.long
 def test_embedded_subset_is_balanced_small_and_as_recorded() -> None:
     sums = dict(line.split()[::-1] for line in (EMBEDDED / "SHA256SUMS").read_text().splitlines())
     files = sorted(EMBEDDED.glob("*.parquet"))

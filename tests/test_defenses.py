@@ -26,7 +26,7 @@ from dhbe.models.preact import PreActBlock, PreActResNet18, WideResNet, _stages
 from dhbe.models.resnet import resnet
 from dhbe.training.recorder import Recorder
 from dhbe.training.schedule import Cosine, SGDSchedule
-from tests.conftest import CONF, ROOT, each_class, names, sampled, tiered
+from tests.conftest import CONF, ROOT, each_class, names, sampled
 from tests.support.defenses import (
     DEFENSES,
     build,
@@ -139,7 +139,7 @@ FILES = sorted(p.stem for p in (ROOT / "defenses").glob("[a-z]*.py"))
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, marks=() if (i + 8 * j) % 24 == 0 else pytest.mark.long)
+        pytest.param(name, kind, marks=() if (i + 16 * j) % 48 == 0 else pytest.mark.long)
         for i, name in enumerate(FILES)
         for j, kind in enumerate(KINDS)
     ],
@@ -396,7 +396,8 @@ class Dying(Recorder):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("name", tiered(["dhbe", "dfad"], "dhbe".__eq__))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dhbe", "dfad"])
 def test_killed_game_resumes_to_the_same_student(
     name: str, compose_config, make_runtime, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ def build(name: str, compose_config, **kind):
     return instantiate(node, _convert_="all", **kind)
 
 
-@pytest.mark.parametrize("name", sampled([n for n in names("model") if n != "inferred"], 3))
+@pytest.mark.parametrize("name", sampled([n for n in names("model") if n != "inferred"], 6))
 def test_every_model_gives_logits(name: str, compose_config) -> None:
     network = build(name, compose_config, classes=10, channels=3, image_size=32).eval()
     with torch.no_grad():

@@ -26,7 +26,7 @@ from dhbe.config.resolution import resolved
 from dhbe.config.schema import plain
 from dhbe.experiment.assembly import assemble
 from dhbe.models.resnet import CifarResNet, SmallResNet
-from tests.conftest import ROOT, sampled, tiered
+from tests.conftest import ROOT, sampled
 from tests.support.cli import GAME
 from tests.support.commands import called
 from tests.support.report import write_cell
@@ -224,7 +224,8 @@ def shortened(words: list[str]) -> list[str]:
     return [*words, *(o for o in dict.fromkeys(extra) if o.split("=")[0] not in given)]
 
 
-@pytest.mark.parametrize("line", tiered(RUNS, "python run.py".__eq__))
+@pytest.mark.long
+@pytest.mark.parametrize("line", RUNS)
 def test_command_runs(line: str, tmp_path: Path, small_data: Path) -> None:
     words = shlex.split(line)[2 if line.startswith("python") else 1 :]
     files(tmp_path, words)

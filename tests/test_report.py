@@ -580,6 +580,7 @@ def test_page_sorts_and_filters_in_a_browser(cells: Path, tmp_path: Path) -> Non
     assert int(width) <= int(window) == 390, "scrolls sideways on a phone"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_page_is_drawn_by_a_browser(cells: Path, tmp_path: Path) -> None:
     assert report(cells, tmp_path / "out").returncode == 0

@@ -26,7 +26,7 @@ from dhbe.core.errors import ConfigError, DHBEError
 from dhbe.experiment import pipeline, trackers
 from dhbe.experiment.tracking import RowsLogger, report, tracked
 from dhbe.sweeping.callback import Sweep
-from tests.conftest import ROOT, tiered
+from tests.conftest import ROOT
 from tests.support.commands import Command, called
 from tests.support.launch import continued, job
 from tests.support.wandb_server import WandbServer
@@ -278,7 +278,8 @@ def test_wandb_without_key_says_so(
     wandb.teardown()
 
 
-@pytest.mark.parametrize("lost", tiered(["server", "process"], "process".__eq__))
+@pytest.mark.long
+@pytest.mark.parametrize("lost", ["server", "process"])
 def test_wandb_lost_in_the_midst_of_a_run_costs_no_result(
     compose_config: Compose,
     tmp_path: Path,
